@@ -1,0 +1,669 @@
+"""The pages that are written by the build: papers, parts, ledger, status, bibliography, and what they are made from.
+
+`Book` holds everything that is known (executed chapters, claims, modules, recorded results); the functions below turn it
+into MyST text. Tables are plain HTML inside the page, so that they read without scripts; links in them are relative
+paths, which the build checks after Sphinx ran.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dlatlas import catalog
+from dlatlas.book import docs, ledger
+from dlatlas.claims import Claim
+
+esc = html.escape
+WIDE = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n"
+
+
+class SiteError(RuntimeError):
+    """The site cannot be built; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Executed:
+    """An executed chapter."""
+
+    chapter: catalog.Chapter
+    question: str
+    prerequisites: tuple[str, ...]
+    claims: tuple[dict[str, Any], ...]
+    record: dict[str, Any]
+    labels: frozenset[str]
+
+    @property
+    def page(self) -> str:
+        return f"chapters/{self.chapter.id}"
+
+
+@dataclass
+class Book:
+    """All that the generated pages are made from."""
+
+    root: Path
+    profile: str
+    repository: str
+    branch: str
+    chapters: dict[str, Executed]
+    build: dict[str, Any]
+    seeds: dict[str, Any] = field(default_factory=dict)
+    full: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, root: Path, source: Path, chapters: Iterable[str], *, profile: str, repository: str, branch: str, build: dict[str, Any]) -> Book:
+        """Everything about these chapters, whose executed notebooks are below `source`.
+
+        Raises:
+            SiteError: a notebook whose claims were altered, or a record that cannot be read.
+        """
+        executed = {name: _executed(root, source, name) for name in chapters}
+        results = root / "book" / "results"
+        seeds = _json(results / "seeds.json").get("chapters", {})
+        full = {name: record for name in catalog.chapters() if (record := _json(results / "full" / f"{name}.json"))}
+        return cls(root, profile, repository, branch, executed, build, seeds, full)
+
+    @cached_property
+    def implemented(self) -> dict[str, catalog.Paper]:
+        """Papers whose module is in the library of this checkout."""
+        return {key: p for key, p in catalog.papers().items() if (self.root / p.source).is_file()}
+
+    @cached_property
+    def claims(self) -> list[dict[str, Any]]:
+        """All claims in the order of the book."""
+        return [row for chapter in self.chapters.values() for row in chapter.claims]
+
+    def claims_of(self, key: str) -> list[dict[str, Any]]:
+        """The claims of one paper."""
+        return [row for row in self.claims if row["key"] == key]
+
+    def seeds_of(self, row: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(held, runs) of a claim over several seeds, where that was recorded."""
+        holds = self.seeds.get(row["chapter"], {}).get("claims", {}).get(row["id"], {}).get("holds")
+        return (sum(map(bool, holds)), len(holds)) if holds else None
+
+    def full_of(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The same claim in the full profile, where that was recorded."""
+        record = self.full.get(row["chapter"], {})
+        return next(({**record, "claim": c} for c in record.get("claims", []) if c.get("id") == row["id"]), None)
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Counts for the prose of hand-written pages."""
+        return {
+            "papers": len(catalog.papers()),
+            "implemented": len(self.implemented),
+            "parts": len(catalog.parts()),
+            "chapters": len(catalog.chapters()),
+            "chapters-built": len(self.chapters),
+            "claims": len(self.claims),
+            "holding": sum(row["holds"] for row in self.claims),
+            "failing": sum(not row["holds"] for row in self.claims),
+        }
+
+
+def _executed(root: Path, source: Path, name: str) -> Executed:
+    notebook = ledger.load(source / "chapters" / f"{name}.ipynb")
+    record = notebook["metadata"].get("dlatlas", {})
+    front = front_matter((root / "chapters" / f"{name}.md").read_text(encoding="utf-8")).get("dlatlas", {}) or {}
+    try:
+        # The page's own id, not the one that the notebook says: it is where the links have to go.
+        claims = tuple({**row, "chapter": name} for row in ledger.claims(notebook))
+    except ledger.LedgerError as error:
+        raise SiteError(f"chapters/{name}: {error}") from None
+    text = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    labels = frozenset(re.findall(r"^\(([^)\s]+)\)=\s*$", text, flags=re.M))
+    prerequisites = tuple(front.get("prerequisites") or ())
+    return Executed(catalog.chapters()[name], str(front.get("question", "")).strip(), prerequisites, claims, record, labels)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """The YAML block at the head of a page."""
+    match = re.match(r"---\n(.*?)\n---\n", text, flags=re.S)
+    return (yaml.safe_load(match[1]) or {}) if match else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SiteError(f"{path}: not valid JSON: {error}") from None
+
+
+# --- small pieces -----------------------------------------------------------------------------------------------------
+
+
+def link(start: str, to: str, anchor: str = "") -> str:
+    """Relative address from one page to another."""
+    return os.path.relpath(f"{to}.html", os.path.dirname(start) or ".") + (f"#{anchor}" if anchor else "")
+
+
+def raw(markup: str) -> str:
+    """HTML inside a MyST page."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`{3,}", markup)), default=0))
+    return f"{fence}{{raw}} html\n{markup}\n{fence}"
+
+
+def a(address: str, text: str, css: str = "") -> str:
+    """An HTML link; `text` is HTML."""
+    return f'<a href="{esc(address)}"{f" class={css}" if css else ""}>{text}</a>'
+
+
+def external(address: str, text: str) -> str:
+    """A link to another site."""
+    return f'<a class="reference external" href="{esc(address)}">{esc(text)}</a>'
+
+
+def paper_links(row: catalog.Paper) -> str:
+    """arXiv and OpenReview as HTML."""
+    return " · ".join(external(address, name) for name, address in row.links.items())
+
+
+def figure(value: Any) -> str:
+    """A measured number as people read it."""
+    value = float(value) if isinstance(value, str) else value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """The verdict as a coloured word."""
+    return f'<span class="dlatlas-verdict dlatlas-{"holds" if row["holds"] else "fails"}">{esc(Claim(dict(row)).verdict)}</span>'
+
+
+def count(n: int, one: str, many: str = "") -> str:
+    """"1 claim", "2 claims"."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def held(rows: list[dict[str, Any]]) -> str:
+    """"3 of 4 claims hold"."""
+    n = sum(row["holds"] for row in rows)
+    if len(rows) == 1:
+        return "1 claim, which holds" if n else "1 claim, which does not hold"
+    return f"{n} of {len(rows)} claims hold"
+
+
+def authors(row: catalog.Paper, most: int = 0) -> str:
+    """Names in a line; more than `most` are shortened."""
+    if most and len(row.authors) > most:
+        return f"{', '.join(row.authors[: most - 1])} and {len(row.authors) - most + 1} others"
+    return ", ".join(row.authors)
+
+
+def seconds(value: float) -> str:
+    """"14 s", "3 min"."""
+    return f"{value:.0f} s" if value < 90 else f"{value / 60:.0f} min"
+
+
+def filters(table: str, *, text: str, choices: Mapping[str, tuple[str, list[tuple[str, str]]]]) -> str:
+    """Search field and menus for a table; they stay hidden where scripts do not run."""
+    menus = "".join(
+        f'<label>{esc(label)} <select data-filter="{name}"><option value="">all</option>'
+        + "".join(f'<option value="{esc(value)}">{esc(shown)}</option>' for value, shown in options)
+        + "</select></label>"
+        for name, (label, options) in choices.items()
+    )
+    return (
+        f'<form class="dlatlas-filter" data-table="{table}" role="search" hidden>'
+        f'<label class="dlatlas-filter-text">{esc(text)} <input type="search" autocomplete="off"></label>{menus}'
+        f'<output aria-live="polite"></output></form>'
+    )
+
+
+def data_row(**data: str) -> str:
+    """A table row that the filters understand."""
+    return "<tr" + "".join(f' data-{name}="{esc(value)}"' for name, value in data.items()) + ">"
+
+
+# --- paper pages ------------------------------------------------------------------------------------------------------
+
+
+def paper_page(book: Book, row: catalog.Paper) -> str:
+    """Everything about one implemented paper."""
+    here = f"papers/{row.key}"
+    module = docs.read(book.root / row.source)
+    idea, rest = docs.split_idea(module.doc)
+    claims = book.claims_of(row.key)
+    out = [f"(paper-{row.key})=", f"# {docs.escape(row.method)}", raw(_citation(book, row, here))]
+    if idea:
+        out += ["## The idea", docs.to_myst(idea, level=0)]
+    out += ["## What was measured", raw(_measured(book, row, claims, here))]
+    if rest.strip():
+        out += ["## How it is done here", docs.to_myst(rest, level=3)]
+    out += ["## In code", _api(row, module)]
+    out += [
+        f"````{{dropdown}} Source: `{row.source}`, {module.lines} lines\n:class-container: dlatlas-source\n\n"
+        f"```{{literalinclude}} /{row.source}\n:language: python\n:linenos:\n```\n````"
+    ]
+    out += ["## Cite the paper", f"```bibtex\n{row.bibtex.strip()}\n```"]
+    related = [p for p in catalog.chapters()[row.chapter].papers if p.key != row.key]
+    if related:
+        out += ["## In the same chapter", raw(_papers_table(book, related, here))]
+    return "\n\n".join(out) + "\n"
+
+
+def _citation(book: Book, row: catalog.Paper, here: str) -> str:
+    chapter = catalog.chapters()[row.chapter]
+    places = []
+    if row.chapter in book.chapters:
+        anchor = row.key if row.key in book.chapters[row.chapter].labels else ""
+        places.append(a(link(here, f"chapters/{row.chapter}", anchor), f"Read it in the chapter “{esc(chapter.title)}”", "dlatlas-go"))
+    places.append(external(f"{book.repository}/blob/{book.branch}/{row.source}", "Source"))
+    if (book.root / row.test).is_file():
+        places.append(external(f"{book.repository}/blob/{book.branch}/{row.test}", "Tests"))
+    return (
+        '<div class="dlatlas-paper">'
+        f'<p class="dlatlas-paper-title">{esc(row.title)}</p>'
+        f'<p class="dlatlas-paper-authors">{esc(authors(row))}. ICLR 2018.</p>'
+        f'<p class="dlatlas-paper-links">{" · ".join(filter(None, [paper_links(row), *places]))}</p></div>'
+    )
+
+
+def _measured(book: Book, row: catalog.Paper, claims: list[dict[str, Any]], here: str) -> str:
+    if not claims:
+        where = "its chapter is not in this build" if row.chapter not in book.chapters else "its chapter makes no claim for it"
+        return f'<p class="dlatlas-none">Nothing yet: {where}.</p>'
+    cards = []
+    for record in claims:
+        notes = [
+            f"measured with the {esc(str(record['profile']))} profile, seed {record['seed']}, on {esc(str(record['device']))}; "
+            + a(link(here, f"chapters/{row.chapter}", f"claim-{record['id']}"), "see the cell that measured it")
+        ]
+        if over := book.seeds_of(record):
+            notes.append(f"held on {over[0]} of {over[1]} seeds")
+        if full := book.full_of(record):
+            numbers = ", ".join(f"{k} {figure(v)}" for k, v in full["claim"]["values"].items())
+            notes.append(f"full profile on {esc(str(full.get('device', 'unknown device')))}: {verdict(full['claim'])} ({esc(numbers)})")
+        # The card ends with </div>; what is known beyond its own cell goes inside.
+        card = Claim(record)._repr_html_().removesuffix("</div>")
+        cards.append(card + "".join(f"<p class='dlatlas-note'>{_sentence(note)}</p>" for note in notes) + "</div>")
+    return "\n".join(cards)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _api(row: catalog.Paper, module: docs.Module) -> str:
+    names = [entry.name for entry in module.entries]
+    if not names:
+        return f"```python\nimport {row.module}\n```"
+    listed = ", ".join(names)
+    importing = f"from {row.module} import {listed}"
+    if len(importing) > docs.LINE:
+        importing = f"from {row.module} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
+    out = [f"```python\n{importing}\n```"]
+    for entry in module.entries:
+        out += [f"### `{entry.name}`", _signature(entry)]
+        if entry.doc:
+            out.append(docs.to_myst(entry.doc, level=0))
+        for member in entry.members:
+            out += [f"#### `{entry.name}.{member.name}`", _signature(member)]
+            if member.doc:
+                out.append(docs.to_myst(member.doc, level=0))
+    return "\n\n".join(out)
+
+
+def _signature(entry: docs.Entry) -> str:
+    # Not "python": a signature alone is no valid Python, and the highlighter would say so.
+    return f"```{{code-block}} python\n:force:\n:class: dlatlas-signature\n\n{entry.signature}\n```"
+
+
+def _papers_table(book: Book, rows: list[catalog.Paper], here: str) -> str:
+    """A short table of papers: method, paper, state."""
+    body = "".join(
+        f'<tr><th scope="row">{_method(book, row, here)}</th><td>{esc(row.title)}<br><span class="dlatlas-small">{esc(authors(row, 4))}</span></td>'
+        f"<td>{_state(book, row)}</td></tr>"
+        for row in rows
+    )
+    head = '<thead><tr><th scope="col">Method</th><th scope="col">Paper</th><th scope="col">State</th></tr></thead>'
+    return f'<div class="dlatlas-scroll"><table class="dlatlas-table dlatlas-papers">{head}<tbody>{body}</tbody></table></div>'
+
+
+def _method(book: Book, row: catalog.Paper, here: str) -> str:
+    name = esc(row.method)
+    return a(link(here, f"papers/{row.key}"), name) if row.key in book.implemented else name
+
+
+def _state(book: Book, row: catalog.Paper) -> str:
+    if row.key not in book.implemented:
+        return '<span class="dlatlas-state">not built yet</span>'
+    claims = book.claims_of(row.key)
+    done = '<span class="dlatlas-state dlatlas-done">implemented</span>'
+    return done + (f'<br><span class="dlatlas-small">{held(claims)}</span>' if claims else "")
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def part_page(book: Book, part: catalog.Part) -> str:
+    """The chapters of a part, with their papers."""
+    here = f"parts/{part.slug}"
+    out = [f"(part-{part.slug})=", f"# {docs.escape(part.title)}"]
+    if intro := part_intro(book.root, part):
+        out.append(intro)
+    for chapter in part.chapters:
+        executed = book.chapters.get(chapter.id)
+        out.append(f"## {docs.escape(chapter.title)}")
+        if executed:
+            lines = [f"<p class=dlatlas-question>{esc(executed.question)}</p>"] if executed.question else []
+            facts = [count(len(chapter.papers), "paper"), held(list(executed.claims))]
+            if executed.record.get("seconds"):
+                facts.append(f"runs in {seconds(executed.record['seconds'])}")
+            lines.append(f"<p>{a(link(here, executed.page), 'Read the chapter', 'dlatlas-go')} <span class=dlatlas-small>{' · '.join(facts)}</span></p>")
+        else:
+            lines = [f"<p><span class=dlatlas-state>not built yet</span> <span class=dlatlas-small>{count(len(chapter.papers), 'paper')}</span></p>"]
+        out.append(raw("\n".join(lines) + "\n" + _papers_table(book, chapter.papers, here)))
+    return "\n\n".join(out) + "\n"
+
+
+def part_intro(root: Path, part: catalog.Part) -> str:
+    """The hand-written paragraph that opens a part."""
+    path = root / "book" / "parts" / f"{part.slug}.md"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def part_cards(book: Book) -> str:
+    """The parts as a grid of cards, in MyST."""
+    cards = []
+    for part in catalog.parts().values():
+        papers = [p for p in catalog.papers().values() if p.part == part.slug]
+        built = sum(p.key in book.implemented for p in papers)
+        intro = part_intro(book.root, part).split("\n\n")[0]
+        footer = f"{count(len(part.chapters), 'chapter')} · {built} of {count(len(papers), 'paper')}"
+        cards.append(
+            f":::{{grid-item-card}} {docs.escape(part.title)}\n:link: /parts/{part.slug}\n:link-type: doc\n:class-card: dlatlas-part\n\n"
+            f"{intro}\n+++\n{footer}\n:::"
+        )
+    return "::::{grid} 1 1 2 2\n:gutter: 3\n\n" + "\n\n".join(cards) + "\n::::"
+
+
+# --- ledger -----------------------------------------------------------------------------------------------------------
+
+LEDGER_COLUMNS = ("part", "chapter", "key", "paper", "id", "claim", "criterion", "measured", "null", "holds", "expected", "why", "reported")
+LEDGER_COLUMNS += ("profile", "seed", "device", "seeds_held", "seeds_run", "page")
+
+
+def ledger_rows(book: Book) -> list[dict[str, Any]]:
+    """One flat row per claim, for the table and the downloads."""
+    rows = []
+    for row in book.claims:
+        paper = catalog.papers().get(row["key"])
+        over = book.seeds_of(row)
+        rows.append(
+            {
+                "part": catalog.chapters()[row["chapter"]].part,
+                "chapter": row["chapter"],
+                "key": row["key"],
+                "paper": paper.title if paper else row["key"],
+                "id": row["id"],
+                "claim": row["text"],
+                "criterion": row["criterion"],
+                "measured": row["values"],
+                "null": row["null"],
+                **{k: row.get(k) for k in ("holds", "expected", "why", "reported", "profile", "seed", "device")},
+                "seeds_held": over[0] if over else None,
+                "seeds_run": over[1] if over else None,
+                "page": f"chapters/{row['chapter']}.html#claim-{row['id']}",
+            }
+        )
+    return rows
+
+
+def ledger_csv(rows: list[dict[str, Any]]) -> str:
+    """The ledger as CSV; the measured numbers are JSON in their column."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, LEDGER_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: json.dumps(v, ensure_ascii=False) if isinstance(v, dict) else v for k, v in row.items()})
+    return out.getvalue()
+
+
+def ledger_page(book: Book) -> str:
+    """Every claim of the book in one table."""
+    rows = book.claims
+    out = [WIDE + "(ledger)=\n# Ledger of claims"]
+    n = Counter((row["holds"], row["expected"]) for row in rows)
+    out.append(
+        "Every claim that a chapter makes, as it was decided when the chapter last ran. A claim is a sentence with a criterion over measured "
+        "numbers; the *null* is what was measured in the method's place, and the criterion must fail under it. "
+        "{doc}`How to read a verdict </how-to-read>` says more."
+    )
+    if not rows:
+        out.append("No chapter of this build makes a claim yet.")
+        return "\n\n".join(out) + "\n"
+    papers = len({row["key"] for row in rows})
+    facts = [
+        f"<strong>{count(len(rows), 'claim')}</strong> of {count(papers, 'paper')}",
+        f'<span class="dlatlas-verdict dlatlas-holds">{n[True, True] + n[True, False]} hold</span>',
+        f'<span class="dlatlas-verdict dlatlas-fails">{n[False, False] + n[False, True]} do not hold</span>'
+        + (f" ({n[False, False]} of them known not to at this scale)" if n[False, False] else ""),
+        f"{esc(book.profile)} profile",
+    ]
+    if surprises := n[True, False] + n[False, True]:
+        facts.append(f"{surprises} against expectation")
+    downloads = 'Download: <a href="ledger.csv" download>CSV</a> · <a href="ledger.json" download>JSON</a>'
+    parts = [(slug, part.title) for slug, part in catalog.parts().items() if any(r["chapter"].startswith(f"{slug}/") for r in rows)]
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "Measured", "Null", "Verdict", "Paper", "Chapter", "Profile"))
+    body = "\n".join(_ledger_row(book, row) for row in rows)
+    table = (
+        f'<div class="dlatlas-scroll"><table class="dlatlas-table dlatlas-ledger" id="ledger-table"><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+    menus = {
+        "part": ("Part", parts),
+        "verdict": ("Verdict", [("holds", "holds"), ("fails", "does not hold")]),
+    }
+    out.append(
+        raw(
+            f'<p class="dlatlas-facts">{" · ".join(facts)}</p>\n<p class="dlatlas-facts">{downloads}</p>\n'
+            f'{filters("ledger-table", text="Search the claims", choices=menus)}\n{table}'
+        )
+    )
+    return "\n\n".join(out) + "\n"
+
+
+def _ledger_row(book: Book, row: dict[str, Any]) -> str:
+    paper = catalog.papers().get(row["key"])
+    chapter = catalog.chapters()[row["chapter"]]
+    part = catalog.parts()[chapter.part]
+    numbers = "".join(f"<div><code>{esc(k)}</code> {figure(v)}</div>" for k, v in row["values"].items())
+    null = "".join(f"<div><code>{esc(k)}</code> {figure(v)}</div>" for k, v in row["null"].items())
+    expected = "" if row["holds"] == row["expected"] and row["holds"] else f'<div class="dlatlas-small">expected: {"holds" if row["expected"] else "does not hold"}</div>'
+    over = book.seeds_of(row)
+    seeds = f'<div class="dlatlas-small">{over[0]} of {over[1]} seeds</div>' if over else ""
+    full = book.full_of(row)
+    more = f'<div class="dlatlas-small">full: {verdict(full["claim"])}</div>' if full else ""
+    name = _method(book, paper, "ledger") if paper else esc(row["key"])
+    title = f'<div class="dlatlas-small">{esc(paper.title)}</div>' if paper else ""
+    return (
+        data_row(part=part.slug, verdict="holds" if row["holds"] else "fails")
+        + f'<td class="dlatlas-claim-text">{a(link("ledger", f"chapters/{row["chapter"]}", f"claim-{row["id"]}"), esc(row["text"]))}'
+        f'<div class="dlatlas-small"><code>{esc(row["criterion"])}</code></div></td>'
+        f'<td class="dlatlas-numbers">{numbers}</td><td class="dlatlas-numbers">{null}</td><td>{verdict(row)}{expected}{seeds}{more}</td>'
+        f"<td>{name}{title}</td><td>{a(link('ledger', f'chapters/{chapter.id}'), esc(chapter.title))}<div class='dlatlas-small'>{esc(part.title)}</div></td>"
+        f"<td>{esc(str(row['profile']))}<div class='dlatlas-small'>seed {row['seed']}, {esc(str(row['device']))}</div></td></tr>"
+    )
+
+
+# --- status and bibliography ------------------------------------------------------------------------------------------
+
+
+def status_page(book: Book) -> str:
+    """All papers, grouped by part and chapter, with what has been built."""
+    total, done = len(catalog.papers()), len(book.implemented)
+    out = [
+        WIDE + "(status)=\n# All papers",
+        f"The atlas covers {total} papers of ICLR 2018. {done} of them are implemented in this build; the others are listed with "
+        "the chapter that will hold them.",
+    ]
+    states = [("implemented", f"implemented ({done})"), ("planned", f"not built yet ({total - done})")]
+    parts = [(slug, part.title) for slug, part in catalog.parts().items()]
+    out.append(raw(filters("status-table", text="Search methods, titles, authors", choices={"part": ("Part", parts), "state": ("State", states)})))
+    bodies = []
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Method", "Paper", "State", "Links"))
+    for part in catalog.parts().values():
+        for chapter in part.chapters:
+            name = esc(chapter.title)
+            if chapter.id in book.chapters:
+                name = a(link("status", f"chapters/{chapter.id}"), name)
+            rows = "\n".join(_status_row(book, p) for p in chapter.papers)
+            title = f'<tr class="dlatlas-group"><th colspan="4" scope="colgroup">{a(link("status", f"parts/{part.slug}"), esc(part.title))} › {name}</th></tr>'
+            bodies.append(f"<tbody>{title}\n{rows}</tbody>")
+    out.append(
+        raw(
+            '<div class="dlatlas-scroll"><table class="dlatlas-table dlatlas-status" id="status-table">'
+            f"<thead><tr>{head}</tr></thead>\n" + "\n".join(bodies) + "</table></div>"
+        )
+    )
+    return "\n\n".join(out) + "\n"
+
+
+def _status_row(book: Book, row: catalog.Paper) -> str:
+    return (
+        data_row(part=row.part, state="implemented" if row.key in book.implemented else "planned")
+        + f'<th scope="row" id="{row.key}">{_method(book, row, "status")}</th>'
+        f'<td>{esc(row.title)}<div class="dlatlas-small">{esc(authors(row, 6))}</div></td><td>{_state(book, row)}</td><td>{paper_links(row)}</td></tr>'
+    )
+
+
+def bibliography_page() -> str:
+    """All papers as a bibliography that chapters can cite from."""
+    return (
+        "(bibliography)=\n# Bibliography\n\n"
+        "All papers of the atlas. Their entries are in <a href=\"references.bib\" download>references.bib</a>; a paper's own page has its entry alone.\n\n"
+        "```{bibliography}\n:all:\n:style: plain\n```\n"
+    )
+
+
+# --- everything together ----------------------------------------------------------------------------------------------
+
+
+def generate(book: Book, skeleton: dict[str, Any]) -> dict[str, str]:
+    """All generated files by path below the staged source."""
+    out = {f"papers/{key}.md": paper_page(book, row) for key, row in book.implemented.items()}
+    out |= {f"parts/{slug}.md": part_page(book, part) for slug, part in catalog.parts().items()}
+    rows = ledger_rows(book)
+    bib = catalog.references_bib()
+    return out | {
+        "ledger.md": ledger_page(book),
+        "status.md": status_page(book),
+        "bibliography.md": bibliography_page(),
+        "references.bib": bib,
+        "_extra/references.bib": bib,
+        "_extra/ledger.json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n",
+        "_extra/ledger.csv": ledger_csv(rows),
+        "atlas.json": json.dumps(extension_data(book, skeleton), indent=1, ensure_ascii=False) + "\n",
+    }
+
+
+def toc(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
+    """The whole table of contents: the hand-written one with the generated pages in their places.
+
+    Pages before the parts stay as they are. The parts become pages whose children are their chapters, whose children
+    are their papers; papers of chapters that are not in this build are children of their part.
+    """
+    front = [part for part in skeleton["parts"] if not is_part(part)]
+    atlas = []
+    for slug, part in catalog.parts().items():
+        sections: list[dict[str, Any]] = []
+        for chapter in part.chapters:
+            papers = [{"file": f"papers/{p.key}"} for p in chapter.papers if p.key in book.implemented]
+            if chapter.id in book.chapters:
+                sections.append({"file": f"chapters/{chapter.id}", **({"sections": papers} if papers else {})})
+            else:
+                sections += papers
+        atlas.append({"file": f"parts/{slug}", **({"sections": sections} if sections else {})})
+    reference = [{"file": name} for name in ("ledger", "status", "bibliography")]
+    return {
+        "format": "jb-book",
+        "root": skeleton["root"],
+        "parts": [*front, {"caption": "The atlas", "numbered": 2, "chapters": atlas}, {"caption": "Reference", "chapters": reference}],
+    }
+
+
+def is_part(part: Mapping[str, Any]) -> bool:
+    """Whether an entry of the table of contents is a part of the book (and not pages before it)."""
+    return any(str(entry.get("file", "")).startswith("chapters/") for entry in part.get("chapters", []))
+
+
+def extension_data(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
+    """What the Sphinx extension needs to know."""
+    pages: dict[str, dict[str, Any]] = {}
+    front = [skeleton["root"], *(entry["file"] for part in skeleton["parts"] if not is_part(part) for entry in part["chapters"])]
+    order = list(front)
+    for page in front:
+        pages[page] = {"source": f"book/{page}.md"}
+    for slug, part in catalog.parts().items():
+        pages[f"parts/{slug}"] = {}
+        order.append(f"parts/{slug}")
+        for chapter in part.chapters:
+            papers = [f"papers/{p.key}" for p in chapter.papers if p.key in book.implemented]
+            home = f"chapters/{chapter.id}" if chapter.id in book.chapters else f"parts/{slug}"
+            if chapter.id in book.chapters:
+                order.append(home)
+                pages[home] = _chapter_data(book.chapters[chapter.id])
+            for before, page, after in zip([home, *papers], papers, [*papers[1:], None]):
+                pages[page] = {"prev": before, **({"next": after} if after else {}), "up": home}
+    order += ["ledger", "status", "bibliography"]
+    for before, page, after in zip([None, *order], order, [*order[1:], None]):
+        pages.setdefault(page, {})
+        pages[page] |= {"prev": before, "next": after}
+    for page in pages.values():
+        # After the last paper of a chapter the reader goes on to the next chapter.
+        if "up" in page and "next" not in page:
+            page["next"] = pages[page["up"]].get("next")
+    papers = {
+        key: {"claims": len(rows), "holding": sum(row["holds"] for row in rows)} for key in book.implemented for rows in [book.claims_of(key)]
+    }
+    return {
+        "pages": pages,
+        "papers": papers,
+        "numbers": book.numbers,
+        "parts": part_cards(book),
+        "build": build_record(book),
+        "repository": {"url": book.repository, "branch": book.branch},
+    }
+
+
+def _chapter_data(executed: Executed) -> dict[str, Any]:
+    record = executed.record
+    return {
+        "source": f"{executed.page}.md",
+        "notebook": f"{executed.page}.ipynb",
+        "prerequisites": list(executed.prerequisites),
+        "papers": len(executed.chapter.papers),
+        "claims": held(list(executed.claims)),
+        "record": {k: record.get(k) for k in ("parameters", "commit", "date", "seconds", "device", "peak_mb", "versions")},
+    }
+
+
+def build_record(book: Book) -> dict[str, Any]:
+    """Provenance of the generated pages: this build, and the chapters that it shows."""
+    records = [chapter.record for chapter in book.chapters.values()]
+    return {
+        **book.build,
+        "profile": book.profile,
+        "seeds": sorted({r.get("parameters", {}).get("seed") for r in records} - {None}),
+        "devices": sorted({r.get("device") for r in records} - {None}),
+        "seconds": round(sum(r.get("seconds") or 0 for r in records), 1),
+        "chapters": len(records),
+    }

@@ -1,0 +1,1 @@
+"""What several parts of the library share: networks, flat parameters, kernels and metrics."""
