@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "installing into $(VENV) (once; one to three minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5" \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.7" 2> >(grep -v "is ignored" >&2) \
 	  && $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --constraint constraints.txt --editable '.[book,test,cluster,lint]' \
 	  || { echo "uv did not succeed, trying pip"; $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[book,test,cluster,lint]'; }
 	@touch $@

@@ -45,7 +45,7 @@ def test_claims_and_tables_are_read_with_their_place(notebook):
         ({"null": {}}, "does not fail under its null"),
         ({"null": {"error": 0.01}}, "does not fail under its null"),
         ({"criterion": "__import__('os')"}, "names|comparison|allowed"),
-        ({"values": None}, ""),
+        ({"values": None}, "NoneType"),
     ],
 )
 def test_an_altered_record_is_refused(notebook, change, message):

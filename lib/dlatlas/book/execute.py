@@ -227,7 +227,7 @@ def _current_data(recorded: dict[str, str]) -> dict[str, str]:
         return {}
     from dlatlas import data
 
-    return {name: data.digest(name) if name in data.NAMES else "gone" for name in recorded}
+    return {name: data.describe(name).sha256 if name in data.NAMES else "gone" for name in recorded}
 
 
 def _digest(content: bytes) -> str:

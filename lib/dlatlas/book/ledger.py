@@ -43,7 +43,7 @@ def claims(notebook: Notebook) -> list[dict[str, Any]]:
     for cell, record in records(notebook, MIME):
         try:
             check_record(record)
-        except (ClaimError, KeyError, TypeError, ValueError) as error:
+        except (ClaimError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise LedgerError(str(error) or repr(error)) from None
         if record["criterion"] not in _criteria("".join(cell["source"])):
             raise LedgerError(f"claim {record['id']}: its criterion {record['criterion']!r} is not written in the cell that shows it")

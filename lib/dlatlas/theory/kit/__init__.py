@@ -1,0 +1,1 @@
+"""What the theory chapters share: curvature, Gaussian expectations and their networks."""
