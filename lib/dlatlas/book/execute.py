@@ -288,9 +288,9 @@ def run(
     stale = [name for name in wanted if name not in outcomes]
     # Longest first (new ones count as longest), so that no core waits for a long last chapter.
     stale.sort(key=lambda name: -_last_seconds(targets[name]))
-    commit = _commit(root)
+    revision = commit(root)
     for name, notebook, error in _execute_all([(n, texts[n], parameters, timeout) for n in stale], jobs, backend, scheduler):
-        outcome = outcomes[name] = _finish(name, notebook, error, targets[name], texts[name], parameters, commit, allow_drift)
+        outcome = outcomes[name] = _finish(name, notebook, error, targets[name], texts[name], parameters, revision, allow_drift)
         say(f"{outcome.seconds:7.1f} s  {outcome.status:6}  {name}")
         if outcome.error:
             say(f"           {outcome.error}")
@@ -301,7 +301,7 @@ def run(
 
 
 def _finish(
-    name: str, notebook: Any, error: str, target: Path, text: str, parameters: dict[str, Any], commit: str, allow_drift: bool
+    name: str, notebook: Any, error: str, target: Path, text: str, parameters: dict[str, Any], revision: str, allow_drift: bool
 ) -> Outcome:
     """Check an executed notebook and put it in its place, or beside it when it failed."""
     record = notebook["metadata"].get("dlatlas", {})
@@ -309,7 +309,7 @@ def _finish(
     rows: list[dict[str, Any]] = []
     if not error:
         record["inputs"] = inputs(text, parameters, record["used"]["files"], record["used"]["data"])
-        record["commit"] = commit
+        record["commit"] = revision
         try:
             rows = check(name, notebook, allow_drift=allow_drift)
         except ChapterError as failure:
@@ -379,7 +379,7 @@ def _last_seconds(target: Path) -> float:
         return float("inf")
 
 
-def _commit(root: Path) -> str:
+def commit(root: Path) -> str:
     """Short commit of the checkout, with "+" when files that make the book differ from it; "" outside git."""
 
     def git(*arguments: str) -> str:

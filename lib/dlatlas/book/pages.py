@@ -390,7 +390,7 @@ def part_cards(book: Book) -> str:
         footer = f"{count(len(part.chapters), 'chapter')} · {built} of {count(len(papers), 'paper')}"
         cards.append(
             f":::{{grid-item-card}} {docs.escape(part.title)}\n:link: /parts/{part.slug}\n:link-type: doc\n:class-card: dlatlas-part\n\n"
-            f"{intro}\n+++\n{footer}\n:::"
+            f"{intro}\n\n*{footer}*\n:::"
         )
     return "::::{grid} 1 1 2 2\n:gutter: 3\n\n" + "\n\n".join(cards) + "\n::::"
 
@@ -494,9 +494,10 @@ def _ledger_row(book: Book, row: dict[str, Any]) -> str:
     more = f'<div class="dlatlas-small">full: {verdict(full["claim"])}</div>' if full else ""
     name = _method(book, paper, "ledger") if paper else esc(row["key"])
     title = f'<div class="dlatlas-small">{esc(paper.title)}</div>' if paper else ""
+    cell = link("ledger", f"chapters/{chapter.id}", f"claim-{row['id']}")
     return (
         data_row(part=part.slug, verdict="holds" if row["holds"] else "fails")
-        + f'<td class="dlatlas-claim-text">{a(link("ledger", f"chapters/{row["chapter"]}", f"claim-{row["id"]}"), esc(row["text"]))}'
+        + f'<td class="dlatlas-claim-text">{a(cell, esc(row["text"]))}'
         f'<div class="dlatlas-small"><code>{esc(row["criterion"])}</code></div></td>'
         f'<td class="dlatlas-numbers">{numbers}</td><td class="dlatlas-numbers">{null}</td><td>{verdict(row)}{expected}{seeds}{more}</td>'
         f"<td>{name}{title}</td><td>{a(link('ledger', f'chapters/{chapter.id}'), esc(chapter.title))}<div class='dlatlas-small'>{esc(part.title)}</div></td>"
@@ -561,27 +562,21 @@ def generate(book: Book, skeleton: dict[str, Any]) -> dict[str, str]:
     """All generated files by path below the staged source."""
     out = {f"papers/{key}.md": paper_page(book, row) for key, row in book.implemented.items()}
     out |= {f"parts/{slug}.md": part_page(book, part) for slug, part in catalog.parts().items()}
-    rows = ledger_rows(book)
-    bib = catalog.references_bib()
     return out | {
         "ledger.md": ledger_page(book),
         "status.md": status_page(book),
         "bibliography.md": bibliography_page(),
-        "references.bib": bib,
-        "_extra/references.bib": bib,
-        "_extra/ledger.json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n",
-        "_extra/ledger.csv": ledger_csv(rows),
+        "references.bib": catalog.references_bib(),
         "atlas.json": json.dumps(extension_data(book, skeleton), indent=1, ensure_ascii=False) + "\n",
     }
 
 
 def toc(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
-    """The whole table of contents: the hand-written one with the generated pages in their places.
+    """The whole table of contents: the hand-written pages of `skeleton` first, then the atlas, then the reference pages.
 
-    Pages before the parts stay as they are. The parts become pages whose children are their chapters, whose children
+    The parts are pages whose children are their chapters, whose children
     are their papers; papers of chapters that are not in this build are children of their part.
     """
-    front = [part for part in skeleton["parts"] if not is_part(part)]
     atlas = []
     for slug, part in catalog.parts().items():
         sections: list[dict[str, Any]] = []
@@ -596,24 +591,19 @@ def toc(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": "jb-book",
         "root": skeleton["root"],
-        "parts": [*front, {"caption": "The atlas", "numbered": 2, "chapters": atlas}, {"caption": "Reference", "chapters": reference}],
+        "parts": [*skeleton["parts"], {"caption": "The atlas", "numbered": 2, "chapters": atlas}, {"caption": "Reference", "chapters": reference}],
     }
-
-
-def is_part(part: Mapping[str, Any]) -> bool:
-    """Whether an entry of the table of contents is a part of the book (and not pages before it)."""
-    return any(str(entry.get("file", "")).startswith("chapters/") for entry in part.get("chapters", []))
 
 
 def extension_data(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
     """What the Sphinx extension needs to know."""
     pages: dict[str, dict[str, Any]] = {}
-    front = [skeleton["root"], *(entry["file"] for part in skeleton["parts"] if not is_part(part) for entry in part["chapters"])]
+    front = [skeleton["root"], *(entry["file"] for part in skeleton["parts"] for entry in part["chapters"])]
     order = list(front)
     for page in front:
         pages[page] = {"source": f"book/{page}.md"}
     for slug, part in catalog.parts().items():
-        pages[f"parts/{slug}"] = {}
+        pages[f"parts/{slug}"] = {"source": f"book/parts/{slug}.md"}
         order.append(f"parts/{slug}")
         for chapter in part.chapters:
             papers = [f"papers/{p.key}" for p in chapter.papers if p.key in book.implemented]
@@ -622,7 +612,10 @@ def extension_data(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
                 order.append(home)
                 pages[home] = _chapter_data(book.chapters[chapter.id])
             for before, page, after in zip([home, *papers], papers, [*papers[1:], None]):
-                pages[page] = {"prev": before, **({"next": after} if after else {}), "up": home}
+                source = catalog.papers()[page.removeprefix("papers/")].source
+                pages[page] = {"source": source, "prev": before, **({"next": after} if after else {}), "up": home}
+    # The ledger has no source of its own: it is gathered from the chapters.
+    pages |= {"status": {"source": "lib/dlatlas/catalog.yml"}, "bibliography": {"source": "lib/dlatlas/catalog.yml"}}
     order += ["ledger", "status", "bibliography"]
     for before, page, after in zip([None, *order], order, [*order[1:], None]):
         pages.setdefault(page, {})
@@ -637,8 +630,6 @@ def extension_data(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
     return {
         "pages": pages,
         "papers": papers,
-        "numbers": book.numbers,
-        "parts": part_cards(book),
         "build": build_record(book),
         "repository": {"url": book.repository, "branch": book.branch},
     }
@@ -652,8 +643,13 @@ def _chapter_data(executed: Executed) -> dict[str, Any]:
         "prerequisites": list(executed.prerequisites),
         "papers": len(executed.chapter.papers),
         "claims": held(list(executed.claims)),
-        "record": {k: record.get(k) for k in ("parameters", "commit", "date", "seconds", "device", "peak_mb", "versions")},
+        "record": {k: record.get(k) for k in ("parameters", "commit", "date", "seconds", "versions")} | _machine(record),
     }
+
+
+def _machine(record: Mapping[str, Any]) -> dict[str, Any]:
+    used = record.get("used", {})
+    return {"device": used.get("device"), "peak_mb": used.get("peak_mb")}
 
 
 def build_record(book: Book) -> dict[str, Any]:
@@ -663,7 +659,7 @@ def build_record(book: Book) -> dict[str, Any]:
         **book.build,
         "profile": book.profile,
         "seeds": sorted({r.get("parameters", {}).get("seed") for r in records} - {None}),
-        "devices": sorted({r.get("device") for r in records} - {None}),
+        "devices": sorted({_machine(r)["device"] for r in records} - {None}),
         "seconds": round(sum(r.get("seconds") or 0 for r in records), 1),
         "chapters": len(records),
     }

@@ -1,0 +1,38 @@
+// From a file a page may not read other pages, so the search shows titles without excerpts there.
+if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") {
+  DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+}
+
+// Search fields and menus of the tables. Without scripts the forms stay hidden and the tables are whole.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const form of document.querySelectorAll("form.dlatlas-filter")) {
+    const table = document.getElementById(form.dataset.table);
+    if (!table) continue;
+    const rows = [...table.querySelectorAll("tbody tr:not(.dlatlas-group)")];
+    const texts = rows.map((row) => row.textContent.toLowerCase());
+    const field = form.querySelector("input");
+    const menus = [...form.querySelectorAll("select")];
+    const told = form.querySelector("output");
+
+    const apply = () => {
+      const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let shown = 0;
+      rows.forEach((row, i) => {
+        const fits =
+          words.every((word) => texts[i].includes(word)) &&
+          menus.every((menu) => !menu.value || row.dataset[menu.dataset.filter] === menu.value);
+        row.hidden = !fits;
+        shown += fits;
+      });
+      for (const body of table.tBodies) {
+        const own = [...body.rows].filter((row) => !row.classList.contains("dlatlas-group"));
+        body.hidden = own.length > 0 && own.every((row) => row.hidden);
+      }
+      told.textContent = shown === rows.length ? `${rows.length} rows` : `${shown} of ${rows.length} rows`;
+    };
+    form.addEventListener("input", apply);
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.hidden = false;
+    apply();
+  }
+});
