@@ -241,12 +241,12 @@ def table(rows: Sequence[Mapping[str, Any]], *, caption: str, name: str = "") ->
     try:
         from IPython.display import display
     except ImportError:
-        print(_text_table(columns, plain))
+        print(text_table(columns, plain))
         return
     head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
     body = "".join("<tr>" + "".join(_cell(row[c], first=c == columns[0]) for c in columns) + "</tr>" for row in plain)
     markup = f"<table class='dlatlas-table'><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    bundle = {"text/plain": _text_table(columns, plain), "text/html": f"<div class='dlatlas-scroll'>{markup}</div>"}
+    bundle = {"text/plain": text_table(columns, plain), "text/html": f"<div class='dlatlas-scroll'>{markup}</div>"}
     display(bundle | {TABLE_MIME: {"name": name, "caption": caption, "columns": columns, "rows": plain}}, raw=True)
 
 
@@ -278,8 +278,9 @@ def _cell(value: Any, *, first: bool) -> str:
     return f"<td{'' if isinstance(value, str) else ' class=number'}>{text}</td>"
 
 
-def _text_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [list(columns), *([_format(row[c]) for c in columns] for row in rows)]
+def text_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as aligned plain text under their column names."""
+    lines = [list(columns), *([_format(row.get(c)) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths)).rstrip() for line in lines)
 
