@@ -93,7 +93,11 @@ def test_phase_draws_surfaces_and_arrows():
 
 
 def test_tables_keep_their_numbers_for_the_machine(shown):
-    plot.table([{"method": "SGD <b>", "error": [0.1, 0.2, 0.3], "steps": 1000}, {"method": "Adam", "error": 0.25}], caption="C", name="side-by-side")
+    plot.table(
+        [{"method": "SGD <b>", "error": [0.1, 0.2, 0.3], "steps": 1000}, {"method": "Adam", "error": 0.25}],
+        caption="C",
+        name="side-by-side",
+    )
     bundle = shown[-1]
     record = bundle[plot.TABLE_MIME]
     assert record["rows"][0]["error"] == [0.1, 0.2, 0.3] and record["columns"] == ["method", "error", "steps"]

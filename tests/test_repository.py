@@ -52,7 +52,11 @@ def test_every_requirement_has_a_range_and_a_locked_version_inside_it():
 
 
 def test_every_requirement_is_used_and_every_import_is_required():
-    text = "\n".join(p.read_text() for p in tracked("lib", "tests", "chapters", "book", "Makefile", "_config.yml", ".ci", "pyproject.toml") if p.suffix in {".py", ".md", ".yml", ".toml", ""})
+    text = "\n".join(
+        p.read_text()
+        for p in tracked("lib", "tests", "chapters", "book", "Makefile", "_config.yml", ".ci", "pyproject.toml")
+        if p.suffix in {".py", ".md", ".yml", ".toml", ""}
+    )
     required = requirement_names([*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)])
     body = re.sub(r"^\s*\"[a-zA-Z0-9_-]+[<>=].*$", "", text, flags=re.M)  # the requirement lines themselves are no use
     for name in required:
@@ -63,10 +67,23 @@ def test_every_requirement_is_used_and_every_import_is_required():
         if path.suffix != ".py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
             for name in names:
                 top = name.split(".")[0]
-                assert top in modules | set(sys.stdlib_module_names) | {"dlatlas", "IPython", "traitlets", "nbclient", "docutils", "sphinx"}, f"{path.relative_to(ROOT)} imports {top}"
+                assert top in modules | set(sys.stdlib_module_names) | {
+                    "dlatlas",
+                    "IPython",
+                    "traitlets",
+                    "nbclient",
+                    "docutils",
+                    "sphinx",
+                }, f"{path.relative_to(ROOT)} imports {top}"
 
 
 def test_import_arrows_point_one_way():

@@ -138,7 +138,7 @@ def paper(key: str) -> Paper:
 
 
 def suggestion(key: str) -> str:
-    """"; did you mean ...?" for a misspelt key, or nothing."""
+    """ "; did you mean ...?" for a misspelt key, or nothing."""
     near = difflib.get_close_matches(key, papers(), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 

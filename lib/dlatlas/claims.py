@@ -84,7 +84,9 @@ def evaluate(criterion: str, values: Mapping[str, float]) -> bool:
             case ast.Compare(left=left, ops=ops, comparators=rest) if all(type(op) in _COMPARE for op in ops):
                 terms = [value(left), *map(value, rest)]
                 return all(_COMPARE[type(op)](a, b) for op, a, b in zip(ops, terms, terms[1:]))
-        raise ClaimError(f"criterion {criterion!r} contains {ast.unparse(node)!r}; allowed are numbers, + - * / **, comparisons, and/or/not")
+        raise ClaimError(
+            f"criterion {criterion!r} contains {ast.unparse(node)!r}; allowed are numbers, + - * / **, comparisons, and/or/not"
+        )
 
     try:
         verdict = value(tree)
@@ -122,7 +124,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """"holds", "does not hold" or, where that differs from what is known of this scale, with "unexpectedly"."""
+        """ "holds", "does not hold" or, where that differs from what is known of this scale, with "unexpectedly"."""
         word = "holds" if self.holds else "does not hold"
         return word if self.holds == self.record["expected"] else f"unexpectedly {word}"
 

@@ -116,7 +116,9 @@ def curves(
     return ax
 
 
-def bars(ax: Axes, values: Mapping[str, float | Sequence[float]], *, ylabel: str = "", horizontal: bool = False, title: str | None = None) -> Axes:
+def bars(
+    ax: Axes, values: Mapping[str, float | Sequence[float]], *, ylabel: str = "", horizontal: bool = False, title: str | None = None
+) -> Axes:
     """One bar per entry at the mean of its values, with a dot for each value (one per seed)."""
     with plt.rc_context(_STYLE):
         place = np.arange(len(values))
@@ -132,7 +134,9 @@ def bars(ax: Axes, values: Mapping[str, float | Sequence[float]], *, ylabel: str
             ax.set_xlabel(ylabel)
             ax.grid(False, axis="y")
         else:
-            ax.set_xticks(place, list(values), rotation=25 if max(map(len, values)) > 9 else 0, ha="right" if max(map(len, values)) > 9 else "center")
+            ax.set_xticks(
+                place, list(values), rotation=25 if max(map(len, values)) > 9 else 0, ha="right" if max(map(len, values)) > 9 else "center"
+            )
             ax.set_ylabel(ylabel)
             ax.grid(False, axis="x")
         if title:
@@ -140,7 +144,16 @@ def bars(ax: Axes, values: Mapping[str, float | Sequence[float]], *, ylabel: str
     return ax
 
 
-def images(x: Any, *, rows: int | None = None, titles: Sequence[str] | None = None, cmap: str = "gray", size: float = 0.8, vmin: float | None = None, vmax: float | None = None) -> Figure:
+def images(
+    x: Any,
+    *,
+    rows: int | None = None,
+    titles: Sequence[str] | None = None,
+    cmap: str = "gray",
+    size: float = 0.8,
+    vmin: float | None = None,
+    vmax: float | None = None,
+) -> Figure:
     """Sheet of images ``[N, H, W]``, ``[N, 1, H, W]`` or ``[N, 3, H, W]``, row by row."""
     x = _array(x)
     if x.ndim == 4 and x.shape[1] in (1, 3):
@@ -245,7 +258,9 @@ def table(rows: Sequence[Mapping[str, Any]], *, caption: str, name: str = "") ->
         return
     head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
     body = "".join("<tr>" + "".join(_cell(row[c], first=c == columns[0]) for c in columns) + "</tr>" for row in plain)
-    markup = f"<table class='dlatlas-table'><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    markup = (
+        f"<table class='dlatlas-table'><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
     bundle = {"text/plain": text_table(columns, plain), "text/html": f"<div class='dlatlas-scroll'>{markup}</div>"}
     display(bundle | {TABLE_MIME: {"name": name, "caption": caption, "columns": columns, "rows": plain}}, raw=True)
 
@@ -302,5 +317,3 @@ def _inline(svg: str, alt: str) -> str:
         f'stroke-linejoin:round;stroke-linecap:butt"><title>{label}</title>'
     )
     return opening + svg[svg.index(">") + 1 :].strip()
-
-

@@ -55,12 +55,16 @@ class Watched:
         self.page.on("console", lambda m: self.faults.append(f"console: {m.text}") if m.type == "error" else None)
         self.page.on("pageerror", lambda e: self.faults.append(f"error: {e}"))
         self.page.on("requestfailed", lambda r: self.faults.append(f"failed: {r.url}"))
-        self.page.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else self.faults.append(f"request: {r.url}"))
+        self.page.on(
+            "request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else self.faults.append(f"request: {r.url}")
+        )
 
     def open(self, path: Path, query: str = ""):
         self.page.goto(path.as_uri() + query)
         self.page.wait_for_load_state("load")
-        self.page.wait_for_function("!window.MathJax || !MathJax.startup || !MathJax.startup.promise || MathJax.startup.promise.then(() => true)")
+        self.page.wait_for_function(
+            "!window.MathJax || !MathJax.startup || !MathJax.startup.promise || MathJax.startup.promise.then(() => true)"
+        )
         return self.page
 
 

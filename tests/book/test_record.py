@@ -24,7 +24,9 @@ def runs(monkeypatch):
         failing = seed == 2
         return [
             Outcome("gans/critics", "ran", claims=[row(seed % 2 == 0)]),
-            Outcome("theory/optimizers", "failed" if failing else "ran", error="e" if failing else "", claims=[] if failing else [row(True)]),
+            Outcome(
+                "theory/optimizers", "failed" if failing else "ran", error="e" if failing else "", claims=[] if failing else [row(True)]
+            ),
         ]
 
     monkeypatch.setattr(execute, "run", run)

@@ -36,7 +36,10 @@ def test_the_chapter_page_shows_paper_figure_claim_and_glued_number(small_site):
 
 def test_every_page_ends_with_its_provenance(small_site):
     chapter, index = page(small_site, f"chapters/{CHAPTER}"), page(small_site, "index")
-    assert re.search(r"<footer class=\"dlatlas-provenance\">Executed \d{4}-\d\d-\d\d from .* quick profile, seed 0 · \d+ s on cpu, at most [\d,]+ MB", chapter)
+    assert re.search(
+        r"<footer class=\"dlatlas-provenance\">Executed \d{4}-\d\d-\d\d from .* quick profile, seed 0 · \d+ s on cpu, at most [\d,]+ MB",
+        chapter,
+    )
     for known in ("torch 2", "numpy", "python 3"):
         assert known in chapter[chapter.index("dlatlas-provenance") :]
     for path in sorted(small_site.rglob("*.html")):
@@ -74,7 +77,9 @@ def test_status_lists_all_papers_and_the_ledger_every_claim(small_site):
     status = page(small_site, "status")
     assert all(f'id="{key}"' in status for key in catalog.papers())
     rows = json.loads((small_site / "ledger.json").read_text())
-    assert [(r["key"], r["holds"], r["measured"], r["null"]) for r in rows] == [("miyato2018spectral", True, {"product": 4}, {"product": 5})]
+    assert [(r["key"], r["holds"], r["measured"], r["null"]) for r in rows] == [
+        ("miyato2018spectral", True, {"product": 4}, {"product": 5})
+    ]
     with (small_site / "ledger.csv").open() as file:
         assert [row["criterion"] for row in csv.DictReader(file)] == ["product == 4"]
     assert "Twice two is four" in page(small_site, "ledger")
@@ -143,6 +148,12 @@ def test_notebooks_for_colab_install_the_library_first(small_book, tmp_path):
     first, *rest = json.loads(path.read_text())["cells"]
     assert "pip install -q git+https://github.com/dlatlas/dlatlas" in first["source"]
     assert any(cell.get("outputs") for cell in rest)
+    text = "\n".join("".join(cell["source"]) for cell in rest if cell["cell_type"] == "markdown")
+    assert "{" not in re.sub(r"\$\$.*?\$\$|\$[^$]*\$", "", text, flags=re.S)  # no directive is left
+    assert "> **Spectral Normalization for Generative Adversarial Networks**. Takeru Miyato" in text
+    assert "The product is 4." in text
+    assert "bounds the slope [Miyato et al., 2018](https://arxiv.org/abs/1802.05957)" in text
+    assert "**Exercise.** Multiply." in text
 
 
 def test_the_build_command_explains_itself_outside_a_checkout(tmp_path):

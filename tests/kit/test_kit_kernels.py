@@ -36,7 +36,9 @@ def test_kernels_are_differentiable():
     assert torch.autograd.gradcheck(lambda x: imq(x, Y, 1.3), (x,))
 
 
-@pytest.mark.parametrize("call", [lambda: sq_dists(X, Y[:, :2]), lambda: rbf(X, Y, 0.0), lambda: imq(X, Y, -1.0), lambda: median_bandwidth(X[:1])])
+@pytest.mark.parametrize(
+    "call", [lambda: sq_dists(X, Y[:, :2]), lambda: rbf(X, Y, 0.0), lambda: imq(X, Y, -1.0), lambda: median_bandwidth(X[:1])]
+)
 def test_bad_input(call):
     with pytest.raises(ValueError, match="got"):
         call()

@@ -1,6 +1,6 @@
 """Build the book: fetch the data that the chapters name, execute what changed, build the site.
 
-    python -m dlatlas.book.build --profile quick
+python -m dlatlas.book.build --profile quick
 """
 
 from __future__ import annotations

@@ -142,7 +142,9 @@ def _wrap(parts: list[str], tail: str, used: int) -> str:
 # --- docstrings to MyST -----------------------------------------------------------------------------------------------
 
 _ITEM = re.compile(r"^(?:([-*•])|(?:\(?(\d{1,2})[.)]))\s+(?=\S)")
-_SECTION = re.compile(r"^(Args|Arguments|Parameters|Keyword Args|Returns|Yields|Raises|Attributes|Shapes?|Examples?|Notes?|References?|See Also):$")
+_SECTION = re.compile(
+    r"^(Args|Arguments|Parameters|Keyword Args|Returns|Yields|Raises|Attributes|Shapes?|Examples?|Notes?|References?|See Also):$"
+)
 _HEADING = re.compile(
     r"^(deviations?|later work|what later work found|what later work says|later findings|equations?|maths|the maths|idea|the idea|references?|notes?|algorithm|"
     r"shapes?|conventions?|limits|limitations|in this library|interface)\b([^.:]{0,60})[.:](?:\s+|$)",
@@ -324,7 +326,12 @@ def _title(text: str, level: int) -> str:
 
 
 def _underlined(lines: list[str], i: int) -> bool:
-    return i + 1 < len(lines) and bool(lines[i].strip()) and bool(re.fullmatch(r"([-=~^\"'#*])\1{2,}", lines[i + 1].strip())) and not lines[i].startswith(" ")
+    return (
+        i + 1 < len(lines)
+        and bool(lines[i].strip())
+        and bool(re.fullmatch(r"([-=~^\"'#*])\1{2,}", lines[i + 1].strip()))
+        and not lines[i].startswith(" ")
+    )
 
 
 def _indented_until(lines: list[str], i: int) -> int:
@@ -341,7 +348,9 @@ def _item_end(lines: list[str], i: int) -> int:
         if not lines[i].strip():
             if not (i + 1 < len(lines) and lines[i + 1].startswith("  ")):
                 return i
-        elif not lines[i].startswith(" ") and (_ITEM.match(lines[i]) or _SECTION.match(lines[i]) or _HEADING.match(lines[i]) or _underlined(lines, i)):
+        elif not lines[i].startswith(" ") and (
+            _ITEM.match(lines[i]) or _SECTION.match(lines[i]) or _HEADING.match(lines[i]) or _underlined(lines, i)
+        ):
             return i
         i += 1
     return i
@@ -350,9 +359,9 @@ def _item_end(lines: list[str], i: int) -> int:
 def _indented(lines: list[str], level: int) -> Iterator[str]:
     """An indented block is a list, prose, or something whose layout matters, such as a formula in plain text."""
     text = "\n".join(lines)
-    if lines and (_ITEM.match(lines[0]) or lines[0].startswith((">>>", "$$", "```")) or _SECTION.match(lines[0])):
-        yield from _blocks(lines, level)
-    elif not re.search(r"[=<>^\\{}|]|->|[ \t]{2,}\S|[∑∏∫√≤≥←→·]", text) and re.search(r"[.;:]$", text) and len(text.split()) > 7:
+    if (lines and (_ITEM.match(lines[0]) or lines[0].startswith((">>>", "$$", "```")) or _SECTION.match(lines[0]))) or (
+        not re.search(r"[=<>^\\{}|]|->|[ \t]{2,}\S|[∑∏∫√≤≥←→·]", text) and re.search(r"[.;:]$", text) and len(text.split()) > 7
+    ):
         yield from _blocks(lines, level)
     else:
         yield _fence(lines, "text")
@@ -447,7 +456,11 @@ def _fence(lines: list[str], language: str) -> str:
 
 def _is_python(lines: list[str]) -> bool:
     """Whether the highlighter will accept it: it warns, and a warning fails the build."""
-    text = "\n".join(line[4:] for line in lines if line.startswith((">>> ", "... "))) if any(line.startswith(">>>") for line in lines) else "\n".join(lines)
+    text = (
+        "\n".join(line[4:] for line in lines if line.startswith((">>> ", "... ")))
+        if any(line.startswith(">>>") for line in lines)
+        else "\n".join(lines)
+    )
     try:
         ast.parse(inspect.cleandoc(text))
     except (SyntaxError, ValueError):

@@ -177,7 +177,9 @@ def check(chapter: str, notebook: dict[str, Any], *, allow_drift: bool = False) 
                 raise ChapterError(f"{chapter}: cell {i} wrote to stderr: {''.join(last)}")
     record = notebook["metadata"].get("dlatlas", {})
     if undeclared := set(record.get("used", {}).get("data", {})) - set(record.get("data", [])):
-        raise ChapterError(f"{chapter}: uses data that its front matter does not name; add `data: [{', '.join(sorted(undeclared))}]` under dlatlas")
+        raise ChapterError(
+            f"{chapter}: uses data that its front matter does not name; add `data: [{', '.join(sorted(undeclared))}]` under dlatlas"
+        )
     try:
         rows = ledger.claims(notebook)
     except ledger.LedgerError as error:
@@ -187,7 +189,9 @@ def check(chapter: str, notebook: dict[str, Any], *, allow_drift: bool = False) 
     if absent := ledger.missing(chapter, rows):
         raise ChapterError(f"{chapter}: no claim for {', '.join(absent)}")
     if (drift := ledger.drifted(rows)) and not allow_drift:
-        lines = [f"claim {r['id']} {'holds' if r['holds'] else 'does not hold'}, expected otherwise: {r['text']} {r['values']}" for r in drift]
+        lines = [
+            f"claim {r['id']} {'holds' if r['holds'] else 'does not hold'}, expected otherwise: {r['text']} {r['values']}" for r in drift
+        ]
         raise ChapterError(f"{chapter}: " + "; ".join(lines))
     return rows
 
@@ -199,7 +203,10 @@ def versions() -> dict[str, str]:
     """Versions that can change a figure."""
     from importlib.metadata import version
 
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn", "matplotlib")}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "numpy", "scipy", "scikit-learn", "matplotlib")},
+    }
 
 
 def inputs(text: str, parameters: dict[str, Any], files: Iterable[str], data: dict[str, str]) -> dict[str, str]:
@@ -399,7 +406,8 @@ def summary(outcomes: list[Outcome]) -> str:
     times = ", ".join(f"{o.chapter} {o.seconds:.0f} s" for o in outcomes if o.status != "up to date")
     lines = [
         f"chapters: {count['ran']} ran, {count['up to date']} up to date, {count['failed']} failed"
-        f"; claims: {sum(row['holds'] for row in rows)} of {len(rows)} hold" + (f", {known} known not to hold at this scale" if known else "")
+        f"; claims: {sum(row['holds'] for row in rows)} of {len(rows)} hold"
+        + (f", {known} known not to hold at this scale" if known else "")
     ]
     if times:
         lines.append(f"seconds: {times}")

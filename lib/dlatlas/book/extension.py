@@ -34,7 +34,9 @@ class PaperDirective(SphinxDirective):
         row = catalog.papers()[key]
         links = [paper_links(row)]
         if f"papers/{key}" in self.env.found_docs:
-            links.append(a(link(self.env.docname, f"papers/{key}"), f"<code>{esc(row.module)}</code>: reference, source, all figures", "dlatlas-go"))
+            links.append(
+                a(link(self.env.docname, f"papers/{key}"), f"<code>{esc(row.module)}</code>: reference, source, all figures", "dlatlas-go")
+            )
         markup = (
             f'<div class="dlatlas-paper"><p class="dlatlas-paper-title">{esc(row.title)}</p>'
             f'<p class="dlatlas-paper-authors">{esc(authors(row))}. ICLR 2018.</p>'
@@ -56,7 +58,9 @@ def _context(app: Sphinx, page: str, template: str, context: dict[str, Any], doc
     known = app.atlas["pages"].get(page, {})
     _buttons(app, known, context)
     # Live cells would need a server of somebody else's; their script is even declared twice, which is an error in the browser.
-    context["script_files"] = [file for file in context["script_files"] if "thebe" not in f"{file} {getattr(file, 'attributes', '')}".lower()]
+    context["script_files"] = [
+        file for file in context["script_files"] if "thebe" not in f"{file} {getattr(file, 'attributes', '')}".lower()
+    ]
     for name in ("prev", "next"):
         if (to := known.get(name)) and to in app.env.titles:
             title = html.escape(app.env.titles[to].astext())
@@ -102,7 +106,9 @@ def _facts(app: Sphinx, page: str, known: dict[str, Any]) -> str:
     if known["prerequisites"]:
         titles = catalog.chapters()
         names = [
-            a(link(page, f"chapters/{name}"), esc(titles[name].title)) if f"chapters/{name}" in app.env.found_docs else esc(titles[name].title)
+            a(link(page, f"chapters/{name}"), esc(titles[name].title))
+            if f"chapters/{name}" in app.env.found_docs
+            else esc(titles[name].title)
             for name in known["prerequisites"]
         ]
         facts.append("read before: " + ", ".join(names))

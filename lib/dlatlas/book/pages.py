@@ -64,7 +64,9 @@ class Book:
     full: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, root: Path, source: Path, chapters: Iterable[str], *, profile: str, repository: str, branch: str, build: dict[str, Any]) -> Book:
+    def read(
+        cls, root: Path, source: Path, chapters: Iterable[str], *, profile: str, repository: str, branch: str, build: dict[str, Any]
+    ) -> Book:
         """Everything about these chapters, whose executed notebooks are below `source`.
 
         Raises:
@@ -188,12 +190,12 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def count(n: int, one: str, many: str = "") -> str:
-    """"1 claim", "2 claims"."""
+    """ "1 claim", "2 claims"."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def held(rows: list[dict[str, Any]]) -> str:
-    """"3 of 4 claims hold"."""
+    """ "3 of 4 claims hold"."""
     n = sum(row["holds"] for row in rows)
     if len(rows) == 1:
         return "1 claim, which holds" if n else "1 claim, which does not hold"
@@ -208,7 +210,7 @@ def authors(row: catalog.Paper, most: int = 0) -> str:
 
 
 def seconds(value: float) -> str:
-    """"14 s", "3 min"."""
+    """ "14 s", "3 min"."""
     return f"{value:.0f} s" if value < 90 else f"{value / 60:.0f} min"
 
 
@@ -367,9 +369,13 @@ def part_page(book: Book, part: catalog.Part) -> str:
             facts = [count(len(chapter.papers), "paper"), held(list(executed.claims))]
             if executed.record.get("seconds"):
                 facts.append(f"runs in {seconds(executed.record['seconds'])}")
-            lines.append(f"<p>{a(link(here, executed.page), 'Read the chapter', 'dlatlas-go')} <span class=dlatlas-small>{' · '.join(facts)}</span></p>")
+            lines.append(
+                f"<p>{a(link(here, executed.page), 'Read the chapter', 'dlatlas-go')} <span class=dlatlas-small>{' · '.join(facts)}</span></p>"
+            )
         else:
-            lines = [f"<p><span class=dlatlas-state>not built yet</span> <span class=dlatlas-small>{count(len(chapter.papers), 'paper')}</span></p>"]
+            lines = [
+                f"<p><span class=dlatlas-state>not built yet</span> <span class=dlatlas-small>{count(len(chapter.papers), 'paper')}</span></p>"
+            ]
         out.append(raw("\n".join(lines) + "\n" + _papers_table(book, chapter.papers, here)))
     return "\n\n".join(out) + "\n"
 
@@ -475,7 +481,7 @@ def ledger_page(book: Book) -> str:
     out.append(
         raw(
             f'<p class="dlatlas-facts">{" · ".join(facts)}</p>\n<p class="dlatlas-facts">{downloads}</p>\n'
-            f'{filters("ledger-table", text="Search the claims", choices=menus)}\n{table}'
+            f"{filters('ledger-table', text='Search the claims', choices=menus)}\n{table}"
         )
     )
     return "\n\n".join(out) + "\n"
@@ -487,7 +493,11 @@ def _ledger_row(book: Book, row: dict[str, Any]) -> str:
     part = catalog.parts()[chapter.part]
     numbers = "".join(f"<div><code>{esc(k)}</code> {figure(v)}</div>" for k, v in row["values"].items())
     null = "".join(f"<div><code>{esc(k)}</code> {figure(v)}</div>" for k, v in row["null"].items())
-    expected = "" if row["holds"] == row["expected"] and row["holds"] else f'<div class="dlatlas-small">expected: {"holds" if row["expected"] else "does not hold"}</div>'
+    expected = (
+        ""
+        if row["holds"] == row["expected"] and row["holds"]
+        else f'<div class="dlatlas-small">expected: {"holds" if row["expected"] else "does not hold"}</div>'
+    )
     over = book.seeds_of(row)
     seeds = f'<div class="dlatlas-small">{over[0]} of {over[1]} seeds</div>' if over else ""
     full = book.full_of(row)
@@ -518,7 +528,9 @@ def status_page(book: Book) -> str:
     ]
     states = [("implemented", f"implemented ({done})"), ("planned", f"not built yet ({total - done})")]
     parts = [(slug, part.title) for slug, part in catalog.parts().items()]
-    out.append(raw(filters("status-table", text="Search methods, titles, authors", choices={"part": ("Part", parts), "state": ("State", states)})))
+    out.append(
+        raw(filters("status-table", text="Search methods, titles, authors", choices={"part": ("Part", parts), "state": ("State", states)}))
+    )
     bodies = []
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Method", "Paper", "State", "Links"))
     for part in catalog.parts().values():
@@ -550,7 +562,7 @@ def bibliography_page() -> str:
     """All papers as a bibliography that chapters can cite from."""
     return (
         "(bibliography)=\n# Bibliography\n\n"
-        "All papers of the atlas. Their entries are in <a href=\"references.bib\" download>references.bib</a>; a paper's own page has its entry alone.\n\n"
+        'All papers of the atlas. Their entries are in <a href="references.bib" download>references.bib</a>; a paper\'s own page has its entry alone.\n\n'
         "```{bibliography}\n:all:\n:style: plain\n```\n"
     )
 
@@ -591,7 +603,11 @@ def toc(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": "jb-book",
         "root": skeleton["root"],
-        "parts": [*skeleton["parts"], {"caption": "The atlas", "numbered": 2, "chapters": atlas}, {"caption": "Reference", "chapters": reference}],
+        "parts": [
+            *skeleton["parts"],
+            {"caption": "The atlas", "numbered": 2, "chapters": atlas},
+            {"caption": "Reference", "chapters": reference},
+        ],
     }
 
 
@@ -625,7 +641,9 @@ def extension_data(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
         if "up" in page and "next" not in page:
             page["next"] = pages[page["up"]].get("next")
     papers = {
-        key: {"claims": len(rows), "holding": sum(row["holds"] for row in rows)} for key in book.implemented for rows in [book.claims_of(key)]
+        key: {"claims": len(rows), "holding": sum(row["holds"] for row in rows)}
+        for key in book.implemented
+        for rows in [book.claims_of(key)]
     }
     return {
         "pages": pages,

@@ -36,7 +36,9 @@ def seeds(root: Path, chapters: Sequence[str], numbers: Sequence[int], jobs: int
         entry = by_chapter.setdefault(outcome.chapter, {"seeds": [], "versions": execute.versions(), "claims": {}})
         entry["seeds"].append(seed)
         for row in outcome.claims:
-            known = entry["claims"].setdefault(row["id"], {"key": row["key"], "text": row["text"], "expected": row["expected"], "holds": []})
+            known = entry["claims"].setdefault(
+                row["id"], {"key": row["key"], "text": row["text"], "expected": row["expected"], "holds": []}
+            )
             known["holds"].append(row["holds"])
     order = {chapter: i for i, chapter in enumerate(catalog.chapters())}
     record["chapters"] = dict(sorted((record.get("chapters", {}) | by_chapter).items(), key=lambda item: order[item[0]]))

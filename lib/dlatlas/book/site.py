@@ -25,7 +25,7 @@ from urllib.parse import unquote
 import yaml
 
 from dlatlas import catalog
-from dlatlas.book import execute, ledger, pages
+from dlatlas.book import execute, ledger, pages, portable
 from dlatlas.book.pages import Book, SiteError
 from dlatlas.book.probe import LIBRARY
 
@@ -91,7 +91,10 @@ def _stage(book: Book, source: Path) -> dict[str, str]:
     for name, path in _mathjax():
         files[f"_assets/mathjax/{name}"] = path.read_bytes()
     notebooks = {f"chapters/{name}.ipynb" for name in book.chapters}
-    texts = [*(content.decode() for name, content in files.items() if name.endswith(".md")), *((source / name).read_text() for name in notebooks)]
+    texts = [
+        *(content.decode() for name, content in files.items() if name.endswith(".md")),
+        *((source / name).read_text() for name in notebooks),
+    ]
     for name in sorted({name for text in texts for name in QUOTED.findall(text)}):
         if (LIBRARY.parents[1] / name).is_file():  # of a file that is not there Sphinx says so
             files[name] = (LIBRARY.parents[1] / name).read_bytes()
@@ -149,7 +152,15 @@ def _digest(staged: dict[str, str], machinery: Iterable[Path]) -> str:
 
 
 def _sphinx(root: Path, source: Path, base: Path) -> None:
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source), "--config", str(root / "_config.yml")]
+    command = [
+        sys.executable,
+        "-c",
+        "from jupyter_book.cli.main import main; main()",
+        "build",
+        str(source),
+        "--config",
+        str(root / "_config.yml"),
+    ]
     command += ["--toc", str(source / "_toc.yml"), "--path-output", str(base), "-W", "-n", "--keep-going", "--all", "-q"]
     # Deprecations of Jupyter Book's own dependencies are not ours to mend; Sphinx's warnings do not go through this filter.
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -159,7 +170,11 @@ def _sphinx(root: Path, source: Path, base: Path) -> None:
     output = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + "\n" + done.stderr)
     (base / "sphinx.log").write_text(output, encoding="utf-8")
     told = [line for line in output.splitlines() if re.search(r"WARNING|ERROR|[Ee]rror:", line)]
-    raise SiteError("Sphinx did not accept the pages:\n  " + "\n  ".join(told[:40] or output.splitlines()[-5:]) + f"\n  all of it: {base / 'sphinx.log'}")
+    raise SiteError(
+        "Sphinx did not accept the pages:\n  "
+        + "\n  ".join(told[:40] or output.splitlines()[-5:])
+        + f"\n  all of it: {base / 'sphinx.log'}"
+    )
 
 
 # --- checks on the finished site --------------------------------------------------------------------------------------
@@ -209,7 +224,7 @@ def faults_of(html: Path) -> Iterator[str]:
 
 
 def notebooks(root: Path, out: Path, profile: str = "quick") -> list[Path]:
-    """Write the executed notebooks to ``out/chapters/...``, with a first cell that installs the library where it is missing."""
+    """Write the executed notebooks to ``out/chapters/...``, in plain Markdown, with a first cell that installs the library."""
     config = _config(root)
     install = f"%pip install -q git+{config['repository']['url']}"
     cell = {
@@ -222,7 +237,7 @@ def notebooks(root: Path, out: Path, profile: str = "quick") -> list[Path]:
     }
     written = []
     for name in execute.sources(root):
-        notebook = ledger.load(root / "_build" / profile / "src" / "chapters" / f"{name}.ipynb")
+        notebook = portable.notebook(ledger.load(root / "_build" / profile / "src" / "chapters" / f"{name}.ipynb"))
         content = {**notebook, "cells": [cell, *notebook["cells"]]}
         path = out / "chapters" / f"{name}.ipynb"
         execute.write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -68,7 +68,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], dim: int, steps: int, generator:
     The weights are the squared first components of the Ritz vectors and sum to 1: values and weights together are a
     quadrature of the spectral density. Full reorthogonalisation, float64. Stops early when the Krylov space is exhausted.
     """
-    if dim < 1 or not 1 <= steps:
+    if dim < 1 or not steps >= 1:
         raise ValueError(f"dim and steps must be at least 1, got dim={dim}, steps={steps}")
     q = torch.randn(dim, dtype=torch.float64, generator=generator)
     basis = [q / q.norm()]
