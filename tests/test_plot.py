@@ -57,7 +57,7 @@ def test_a_figure_without_alternative_text_is_refused():
 def test_large_clouds_become_pixels_and_small_ones_stay_vector(shown):
     for n, has_image in ((50, False), (5000, True)):
         fig, ax = plot.figure()
-        ax.scatter(*np.random.rand(2, n))
+        ax.scatter(*np.random.default_rng(0).random((2, n)))
         plot.show(fig, alt="A cloud of points in a square")
         assert ("<image" in svg_of(shown[-1])) is has_image
 

@@ -10,7 +10,7 @@ from dlatlas.run import Run
 
 
 def draws():
-    return random.random(), float(np.random.rand()), float(torch.rand(()))
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002 - the state that Run seeds
 
 
 def test_a_run_seeds_every_generator():

@@ -33,7 +33,7 @@ def test_every_keeps_the_first_of_each_stride_and_the_last():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_that_is_no_number_stops_at_its_step(bad):
-    with pytest.raises(FloatingPointError, match="loss became .* at step 3 of demo"):
+    with pytest.raises(FloatingPointError, match=r"loss became .* at step 3 of demo"):
         fit(lambda i: bad if i == 3 else 1.0, 10, name="demo")
 
 

@@ -78,9 +78,9 @@ def evaluate(criterion: str, values: Mapping[str, float]) -> bool:
                 # Floats only: an integer power tower would hang instead of overflowing.
                 return _BINARY[type(op)](float(value(left)), float(value(right)))
             case ast.BoolOp(op=ast.And(), values=terms):
-                return all([value(term) for term in terms])
+                return all([value(term) for term in terms])  # noqa: C419 - every term is looked at, also the last
             case ast.BoolOp(op=ast.Or(), values=terms):
-                return any([value(term) for term in terms])
+                return any([value(term) for term in terms])  # noqa: C419
             case ast.Compare(left=left, ops=ops, comparators=rest) if all(type(op) in _COMPARE for op in ops):
                 terms = [value(left), *map(value, rest)]
                 return all(_COMPARE[type(op)](a, b) for op, a, b in zip(ops, terms, terms[1:]))

@@ -94,7 +94,7 @@ def execute(chapter: str, text: str, parameters: dict[str, Any], timeout: int = 
             notebook,
             str(result),
             parameters=parameters,
-            kernel_name="python3",
+            kernel_name="python3",  # ipykernel of the environment that runs this
             language="python",
             progress_bar=False,
             execution_timeout=timeout,

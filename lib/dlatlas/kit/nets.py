@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -80,7 +81,7 @@ def mlp(
     if norm is not None and norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}; expected None or one of {', '.join(NORMS)}")
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(sizes[:-2], sizes[1:-1]):
+    for n_in, n_out in itertools.pairwise(sizes[:-1]):
         block: list[nn.Module] = [nn.Linear(n_in, n_out, bias=bias)]
         if norm is not None:
             block.append(NORMS[norm](n_out))
