@@ -39,7 +39,7 @@ def test_mistakes_are_explained_and_fail(arguments, message, capsys):
 def test_data_lists_every_set_with_its_licence(capsys):
     assert main(["data"]) == 0
     out = capsys.readouterr().out
-    for name in ("mnist", "fashion-mnist", "usps", "digits", "photographs", "brown", "bible"):
+    for name in ("mnist", "fashion-mnist", "usps", "digits", "photos", "brown", "bible-kjv"):
         assert name in out
     assert "cache:" in out
 

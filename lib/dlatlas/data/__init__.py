@@ -2,13 +2,21 @@
 
 >>> from dlatlas import data
 >>> split = data.images("mnist", train=10_000, test=2_000)
+>>> moon = data.photo("moon", gray=True)
+>>> sentences = data.brown("news")
+>>> pairs = data.bible_parallel("kjv", "rv1909")
 
-``data.NAMES`` lists the data sets, ``data.describe(name)`` tells licence, citation and sources, ``data.fetch(name)`` downloads one. The cache
-is ``data.cache_dir()``; the environment variable ``DLATLAS_DATA`` chooses another.
+``data.NAMES`` lists the data sets, ``data.describe(name)`` tells licence, citation and sources, ``data.fetch(name)`` downloads one. The
+cache is ``data.cache_dir()``; the environment variable ``DLATLAS_DATA`` chooses another.
 """
 
-from dlatlas.data.fetch import DataError, cache_dir, used
-from dlatlas.data.images import ImageSplit, images
+from dlatlas.data.image_sets import ImageSplit, images
+from dlatlas.data.photo_sets import PHOTOS, photo
 from dlatlas.data.registry import NAMES, describe, fetch, fetch_all
+from dlatlas.data.store import DataError, cache_dir, used
+from dlatlas.data.text_sets import BIBLES, BROWN_GENRES, Sentence, bible, bible_parallel, brown
 
-__all__ = ["NAMES", "DataError", "ImageSplit", "cache_dir", "describe", "fetch", "fetch_all", "images", "used"]
+__all__ = [
+    "BIBLES", "BROWN_GENRES", "NAMES", "PHOTOS", "DataError", "ImageSplit", "Sentence", "bible", "bible_parallel", "brown", "cache_dir",
+    "describe", "fetch", "fetch_all", "images", "photo", "used",
+]  # fmt: skip

@@ -7,26 +7,18 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from dlatlas.data.fetch import DataError, choose, obtain
-from dlatlas.data.images import IMAGE_SETS
+from dlatlas.data.image_sets import IMAGE_SETS
+from dlatlas.data.photo_sets import PHOTO_SETS
+from dlatlas.data.store import DataError, Dataset, choose, obtain
+from dlatlas.data.text_sets import TEXT_SETS
 
-DATASETS = {**IMAGE_SETS}
+DATASETS = {**IMAGE_SETS, **PHOTO_SETS, **TEXT_SETS}
 NAMES = tuple(DATASETS)
 
 
-def describe(name: str) -> dict:
-    """What is known about a data set: name, title, licence as stated, citation, sources in order, files, size in bytes, checksum."""
-    dataset = DATASETS[choose(name, NAMES)]
-    return {
-        "name": dataset.name,
-        "title": dataset.title,
-        "licence": dataset.licence,
-        "citation": dataset.citation,
-        "sources": [source.label for source in dataset.sources],
-        "files": {file: {"size": size, "sha256": digest} for file, (size, digest) in dataset.files.items()},
-        "size": dataset.size,
-        "sha256": dataset.sha256,
-    }
+def describe(name: str) -> Dataset:
+    """The declaration of a data set: title, licence as stated, citation, files, sources, size, sha256; readable when printed."""
+    return DATASETS[choose(name, NAMES)]
 
 
 def fetch(name: str, *, force: bool = False) -> Path:

