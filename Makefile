@@ -68,7 +68,7 @@ bench: env ## print the speed tables of this machine
 # --- tests -----------------------------------------------------------------------------------------------------------
 
 test: env ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(T)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(T)
 
 lint: env ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

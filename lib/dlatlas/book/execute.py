@@ -154,6 +154,9 @@ def _tidy(notebook: Any) -> None:
     for cell in notebook.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
+        if "plot.show(" in cell.source and "claim(" not in cell.source:
+            # The code of a figure is a click away: readers come for the figure.
+            cell.metadata.setdefault("tags", []).append("hide-input")
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected"
             cell.metadata["tags"].append("remove-cell")
@@ -323,7 +326,7 @@ def _finish(
             error = str(failure)
     failed = target.with_suffix(".failed.ipynb")
     try:
-        write_atomically(failed if error else target, json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+        write_atomically(failed if error else target, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
         if error:
             # What failed must not be taken for finished: an older success belongs to another text or library.
             target.unlink(missing_ok=True)

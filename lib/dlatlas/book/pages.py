@@ -242,6 +242,8 @@ def paper_page(book: Book, row: catalog.Paper) -> str:
     here = f"papers/{row.key}"
     module = docs.read(book.root / row.source)
     idea, rest = docs.split_idea(module.doc)
+    # The docstring's title line says what the page's own title says.
+    idea = re.sub(rf"^[^\n]*\({re.escape(row.key)}\)\.?\n\n", "", idea)
     claims = book.claims_of(row.key)
     out = [f"(paper-{row.key})=", f"# {docs.escape(row.method)}", raw(_citation(book, row, here))]
     if idea:
@@ -605,7 +607,7 @@ def toc(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
         "root": skeleton["root"],
         "parts": [
             *skeleton["parts"],
-            {"caption": "The atlas", "numbered": 2, "chapters": atlas},
+            {"caption": "The atlas", "chapters": atlas},
             {"caption": "Reference", "chapters": reference},
         ],
     }
