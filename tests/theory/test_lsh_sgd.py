@@ -32,7 +32,7 @@ def test_collision_rate_over_random_hyperplanes():
 
 def law(sampler, query, n_entries):
     """Exact law of the drawn entry given the tables, from the hyperplanes alone: uniform over the tables whose bucket is not empty."""
-    planes, V, q = sampler.planes.numpy(), sampler._entries.numpy(), query.numpy()
+    planes, V, q = sampler.planes.numpy(), sampler.entries.numpy(), query.numpy()
     P, filled = np.zeros(n_entries), 0
     for table in planes:
         same = [j for j in range(n_entries) if all((r @ V[j] > 0) == (r @ q > 0) for r in table)]

@@ -79,6 +79,18 @@ def test_against_a_transcription_with_resets_warmup_and_strong_regularisers(warm
         np.testing.assert_allclose(torch.cat([optimizer.state[p]["m"] for p in (first, second)]).numpy(), m, rtol=1e-10, atol=1e-12)
 
 
+def test_a_group_may_have_its_own_reset_interval():
+    x, y = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = Neumann([{"params": [x], "reset_every": 3}, {"params": [y]}], 0.1, reset_every=1000, double_resets=False)
+    resets = [0, 0]
+    for _ in range(12):
+        x.grad, y.grad = torch.ones(2), torch.ones(2)
+        optimizer.step()
+        for k, group in enumerate(optimizer.param_groups):
+            resets[k] += group["since_reset"] == 0
+    assert resets == [4, 1]
+
+
 def test_without_regularisers_and_resets_it_is_the_idealised_recursion():
     A, b, lr, mu = spd(5), torch.randn(5, dtype=torch.float64), 0.1, 0.7
     x = nn.Parameter(torch.randn(5, dtype=torch.float64))

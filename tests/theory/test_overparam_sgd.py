@@ -143,6 +143,7 @@ def test_compression_bound():
     exact = brentq(lambda e: c * math.log(n) + (n - c) * math.log1p(-e) - math.log(delta), 1e-9, 0.9)
     assert exact <= compression_bound(c, n, delta) <= 1.05 * exact
     assert compression_bound(0, 100, 0.5) == pytest.approx(math.log(2) / 100)
+    assert compression_bound(30, 100, 0.1) == pytest.approx((30 * math.log(100) + math.log(10)) / 70)
     for arguments in ((60, 100, 0.1), (-1, 100, 0.1)):
         with pytest.raises(ValueError, match=r"n >= 2"):
             compression_bound(*arguments)

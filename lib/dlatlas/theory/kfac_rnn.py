@@ -173,7 +173,7 @@ class KFACRNN(Optimizer):
         damping: $\lambda > 0$ on the per-step Fisher matrix.
         decay: decay of the running moments, in [0, 1).
         momentum: $\mu$ in [0, 1).
-        clip: largest predicted change $\kappa$ of one step (twice the Kullback-Leibler divergence).
+        clip: largest predicted change $\kappa$ (twice the Kullback-Leibler divergence) of one direction, before momentum adds earlier ones.
 
     Raises:
         ValueError: not an RNNCell, unknown mode, numbers out of range.

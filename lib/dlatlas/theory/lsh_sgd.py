@@ -84,14 +84,14 @@ class SimHashSampler:
             raise ValueError("every stored vector must be finite and different from zero")
         self.bits, self.tables, self.generator = bits, tables, generator
         self.n, self.n_entries = len(V), len(V) * (2 if signed else 1)
-        self._entries = torch.cat([V, -V]) if signed else V  # [n_entries, d]
-        self.planes = torch.randn(tables, bits, V.shape[1], dtype=V.dtype, generator=generator)
-        codes, self._order = self._codes(self._entries).sort(dim=1)  # [tables, n_entries]
+        self.entries = torch.cat([V, -V]) if signed else V  # [n_entries, d]
+        self.planes = torch.randn(tables, bits, V.shape[1], dtype=V.dtype, generator=generator).to(V.device)
+        codes, self._order = self._codes(self.entries).sort(dim=1)  # [tables, n_entries]
         self._sorted = codes.contiguous()
 
     def _codes(self, vectors: Tensor) -> Tensor:
         bits = torch.einsum("lkd,nd->lnk", self.planes, vectors) > 0  # [tables, n, bits]
-        return (bits * 2 ** torch.arange(self.bits)).sum(-1)
+        return (bits * 2 ** torch.arange(self.bits, device=bits.device)).sum(-1)
 
     def buckets(self, query: Tensor) -> list[Tensor]:
         """The entries ``[size]`` in the query's bucket of every table; entry j is sample ``j % N``, with the other sign from N on."""
@@ -99,8 +99,8 @@ class SimHashSampler:
         return [self._order[t, a:b] for t, (a, b) in enumerate(zip(low.tolist(), high.tolist()))]
 
     def _range(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        if query.shape != self._entries.shape[1:]:
-            raise ValueError(f"expected a query of shape {tuple(self._entries.shape[1:])}, got {tuple(query.shape)}")
+        if query.shape != self.entries.shape[1:]:
+            raise ValueError(f"expected a query of shape {tuple(self.entries.shape[1:])}, got {tuple(query.shape)}")
         if not query.isfinite().all() or not query.norm() > 0:
             raise ValueError("the query must be finite and different from zero")
         code = self._codes(query[None])  # [tables, 1]
@@ -128,7 +128,7 @@ class SimHashSampler:
             if size := int(sizes[table]):
                 place = int(low[table]) + int(torch.randint(size, (), generator=self.generator))
                 entry = int(self._order[table, place])
-                c = float(collision_prob(self._entries[entry], query))
+                c = float(collision_prob(self.entries[entry], query))
                 hit = c**self.bits + ((1 - c) ** self.bits if fold else 0.0)
                 return entry % self.n, hit * (1 - hit) ** (tries - 1) / size, tries
         raise RuntimeError(f"the query's bucket is empty in all {self.tables} tables; use fewer bits or more tables")

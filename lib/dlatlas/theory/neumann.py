@@ -123,7 +123,7 @@ class Neumann(Optimizer):
             "double_resets": double_resets,
         }
         # Counters live in the groups, so that a state_dict carries them; to_reset = 0 means that the next step resets.
-        counters = {"reset_every": reset_every, "interval": reset_every, "steps": 0, "since_reset": 0, "to_reset": 0, "mu": momentum[0]}
+        counters = {"reset_every": reset_every, "interval": None, "steps": 0, "since_reset": 0, "to_reset": 0, "mu": 0.0}
         super().__init__(params, defaults | counters)
 
     @torch.no_grad()
@@ -152,6 +152,8 @@ class Neumann(Optimizer):
         return loss
 
     def _reset(self, group: dict, params: list[Tensor]) -> None:
+        if group["interval"] is None:  # the first reset: a group may have brought its own `reset_every`
+            group["interval"] = group["reset_every"]
         for p in params:
             torch.mul(p.grad, -group["lr"], out=self.state[p]["m"])
         group["to_reset"] = group["interval"] - 1

@@ -225,23 +225,30 @@ def levenberg_marquardt(net: nn.Module, X: Tensor, Y: Tensor, *, steps: int = 10
         return torch.func.functional_call(net, named, (x,))
 
     jacobian = torch.func.vmap(torch.func.jacrev(lambda vector, x: output(vector, x[None])[0]), (None, 0))
-    theta, damping = flat_params(net), 1e-2
+    theta, damping, growth = flat_params(net), 0.0, 2.0
     with torch.no_grad():
         residual = (output(theta, X) - Y).flatten()  # [n m]
     for left in range(steps, -1, -1):
         J = jacobian(theta, X).flatten(0, 1)  # [n m, P]
         gradient = J.T @ residual / len(X)
-        if left == 0 or gradient.norm() <= tol or damping > 1e12:
+        if left == 0 or gradient.norm() <= tol:
             break
         K, eye = J @ J.T, torch.eye(len(residual), dtype=J.dtype)
-        while damping <= 1e12:
-            trial = theta - J.T @ torch.linalg.solve(K + damping * eye, residual)
+        scale = float(K.diagonal().max())
+        damping = damping or 0.1 * scale  # long first steps would drive the units into saturation
+        for _ in range(60):
+            weights = torch.linalg.solve(K + damping * eye, residual)  # [n m]; the step is -J^T weights
             with torch.no_grad():
-                new = (output(trial, X) - Y).flatten()
-            if new @ new < residual @ residual:
-                theta, residual, damping = trial, new, max(damping / 4, 1e-14)
+                new = (output(theta - J.T @ weights, X) - Y).flatten()
+            # The model promises a fall of |r|^2 - |r - K w|^2; the ratio of what comes to what was promised steers the damping (Nielsen).
+            gain = float((residual @ residual - new @ new) / (residual @ residual - (residual - K @ weights).square().sum()))
+            if gain > 0:
+                theta, residual, growth = theta - J.T @ weights, new, 2.0
+                damping = max(damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), 1e-16 * scale)
                 break
-            damping *= 4
+            damping, growth = damping * growth, 2 * growth
+        else:
+            break
     set_flat_params(net, theta)
     return float(residual @ residual) / (2 * len(X)), float(gradient.norm())
 
