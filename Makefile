@@ -57,7 +57,7 @@ serve: book ## build, then serve the site at http://localhost:8000 (PORT=...)
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/$(PROFILE)/_build/html $(PORT)
 
 seeds: env ## run the chapters on several seeds, record book/results/seeds.json (SEEDS="0 1 2", C=part/chapter)
-	@$(BIN)/python -m dlatlas.book.record seeds --seeds $(SEEDS) $(if $(JOBS),--jobs $(JOBS)) $(C)
+	@$(BIN)/python -m dlatlas.book.record seeds $(C) --seeds $(SEEDS) $(if $(JOBS),--jobs $(JOBS))
 
 full: env ## run the full profile (GPU if there is one), record book/results/full (C=part/chapter)
 	@$(BIN)/python -m dlatlas.book.record full $(if $(JOBS),--jobs $(JOBS)) $(C)
