@@ -32,7 +32,7 @@ Deviations from the paper:
 4. $G$ does not see the signs of the rows, nor $a$. The paper finds them afterwards; we compare up to sign.
 
 Later work: Safran and Shamir (2018) prove by computer that the plain squared loss has spurious minima from six hidden units on when
-student and teacher have equally many, and find that a few more units make them rare. Gao et al. (2019) treat inputs with any
+student and teacher have equally many, and find that a few more units make them rare. Ge et al. (2019) treat inputs with any
 symmetric distribution, Awasthi, Tang and Vijayaraghavan (2021) networks with biases.
 """
 
