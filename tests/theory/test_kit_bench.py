@@ -37,7 +37,7 @@ def test_a_run_is_plain_training():
     error, loss = by_hand(0.1, 3, [(16, None)] * 2)
     assert out.error == pytest.approx(error)
     assert out.loss == pytest.approx(loss, rel=1e-5)
-    assert out.updates == 8 and out.ms > 0  # noqa: PT018
+    assert out.updates == 8 and out.ms > 0
 
 
 def test_a_schedule_sets_rate_and_batch_size():
@@ -86,7 +86,7 @@ def test_layers_of_another_class_start_from_the_same_weights_and_finalize_is_cal
     a = run_once(SGD, 0.1, TASK, seed=1)
     b = run_once(Contender("mine", lambda p, lr: Ending(p, lr=lr), [0.1], linear=Mine), 0.1, TASK, seed=1)
     assert (a.error, a.loss) == (b.error, b.loss)
-    assert len(built) == 2 and ended == [True]  # noqa: PT018
+    assert len(built) == 2 and ended == [True]
 
 
 def test_a_diverged_run_counts_as_guessing():
