@@ -140,6 +140,16 @@ def test_each_group_has_its_rate_and_the_product_sums_over_its_parameters():
     assert opt.param_groups[1]["lr"] == 0.1
 
 
+def test_weight_decay_is_part_of_the_gradient_that_moves_the_rate():
+    x = torch.full((1,), 2.0, dtype=torch.float64, requires_grad=True)
+    opt = SGDHD([x], lr=0.1, hypergrad_lr=0.01, weight_decay=0.5)
+    x.grad = torch.tensor([1.0], dtype=torch.float64)
+    opt.step()  # along 1 + 0.5 * 2 = 2, to 1.8
+    opt.step()  # the gradient is 1 + 0.5 * 1.8 = 1.9
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.1 + 0.01 * 2 * 1.9)
+    assert x.item() == pytest.approx(1.8 - opt.param_groups[0]["lr"] * 1.9)
+
+
 def test_a_parameter_without_gradient_rests_and_takes_no_part():
     x, y = torch.ones(1, dtype=torch.float64, requires_grad=True), torch.ones(1, dtype=torch.float64, requires_grad=True)
     opt = SGDHD([x, y], lr=0.1, hypergrad_lr=0.01)

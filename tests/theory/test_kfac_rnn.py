@@ -215,6 +215,18 @@ def test_recorded_moments_are_those_of_the_weight_gradient(nonlinearity):
         assert float(state["T"]) == 6
 
 
+def test_recording_puts_the_gradients_back_that_were_there():
+    cell = nn.RNNCell(3, 5).double()
+    x, target = torch.randn(6, 2, 3, dtype=torch.float64), torch.randn(6, 2, 2, dtype=torch.float64)
+    optimizer = KFACRNN(cell)
+    rnn_loss(cell, x, target).backward()
+    before = {name: p.grad.clone() for name, p in cell.named_parameters()}
+    with optimizer.record():
+        rnn_loss(cell, 3 * x, target).backward()
+    for name, p in cell.named_parameters():
+        assert torch.equal(p.grad, before[name]), name
+
+
 def test_moments_do_not_depend_on_repeating_the_batch_and_average_over_time():
     cell = nn.RNNCell(3, 5).double()
     x, target = torch.randn(6, 2, 3, dtype=torch.float64), torch.randn(6, 2, 2, dtype=torch.float64)

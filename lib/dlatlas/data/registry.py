@@ -10,9 +10,10 @@ from pathlib import Path
 from dlatlas.data.image_sets import IMAGE_SETS
 from dlatlas.data.photo_sets import PHOTO_SETS
 from dlatlas.data.store import DataError, Dataset, choose, obtain
+from dlatlas.data.table_sets import TABLE_SETS
 from dlatlas.data.text_sets import TEXT_SETS
 
-DATASETS = {**IMAGE_SETS, **PHOTO_SETS, **TEXT_SETS}
+DATASETS = {**IMAGE_SETS, **PHOTO_SETS, **TABLE_SETS, **TEXT_SETS}
 NAMES = tuple(DATASETS)
 
 

@@ -34,6 +34,7 @@ supports growing batches. Large language models are now commonly trained with ba
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -61,7 +62,7 @@ def noise_scale(lr: float, n: int, batch: int, momentum: float = 0.0) -> float:
     return lr * (n / batch - 1) / (1 - momentum)
 
 
-class _Schedule:
+class _Schedule(ABC):
     """Step and batch size as functions of the epoch; subclasses say what a milestone does."""
 
     def __init__(self, lr: float, batch: int, milestones: Sequence[int], factor: float, max_batch: int | None = None):
@@ -84,9 +85,9 @@ class _Schedule:
             raise ValueError(f"epochs count from 0, got {epoch}")
         return self._after(self.factor ** sum(epoch >= m for m in self.milestones))
 
+    @abstractmethod
     def _after(self, drop: float) -> tuple[float, int]:
         """(step, batch size) once the ratio of the two has fallen by `drop`."""
-        raise NotImplementedError
 
     def updates(self, n: int, epochs: int) -> int:
         """Number of parameter updates in `epochs` epochs over `n` examples; the last batch of an epoch may be smaller."""

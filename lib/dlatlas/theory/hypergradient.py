@@ -29,6 +29,7 @@ describe: with noisy gradients it tends to choose rates that are too small.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +40,12 @@ from torch.optim import Optimizer
 __all__ = ["SGDHD", "AdamHD"]
 
 
-class _Hypergradient(Optimizer):
+class _Hypergradient(Optimizer, ABC):
     """Moves each group's rate by the last direction times the new gradient, then steps along the new direction."""
 
+    @abstractmethod
     def _direction(self, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        """The next step of one parameter, before the rate; keeps its moments in `state`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

@@ -48,7 +48,7 @@ __all__ = ["direction_gap", "gd_path", "hard_margin_svm", "svm_duals"]
 def hard_margin_svm(X: Tensor, y: Tensor) -> Tensor:
     r"""The separator of largest margin through the origin: $\arg\min |w|^2$ subject to $y_i\, w \cdot x_i \ge 1$; float64 ``[d]``.
 
-    Its margin is $1/|\hat w|$, and the distance of the two classes twice that.
+    Its margin is $1/|\hat w|$: the empty street between the classes is twice as wide.
 
     Args:
         X: data ``[n, d]``.

@@ -45,6 +45,8 @@ __all__ = ["LeakyTwoLayer", "compression_bound", "train_hinge", "update_bound"]
 class LeakyTwoLayer(nn.Module):
     r"""$N(x) = v \sum_i \sigma(w_i \cdot x) - v \sum_i \sigma(u_i \cdot x)$ with `2k` hidden units, $v = 1/\sqrt{2k}$: ``[n, d] -> [n]``.
 
+    The weights `W` ``[2k, d]`` are float64, and so is the output.
+
     Args:
         d: number of inputs.
         k: half the number of hidden units; the first `k` rows of `W` vote for, the others against.
@@ -71,7 +73,7 @@ class LeakyTwoLayer(nn.Module):
         self.register_buffer("v", votes / math.sqrt(2 * k))
 
     def forward(self, x: Tensor) -> Tensor:
-        z = x @ self.W.T  # [n, 2k]
+        z = x.to(self.W) @ self.W.T  # [n, 2k]
         # Not functional.leaky_relu, whose slope at 0 is alpha: the zero start would then move 1/alpha times slower.
         return torch.where(z >= 0, z, self.alpha * z) @ self.v  # [n]
 

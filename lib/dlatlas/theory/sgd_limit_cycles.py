@@ -3,7 +3,7 @@ r"""SGD as out-of-equilibrium dynamics (chaudhari2018limitcycles).
 The noise of SGD is the scatter of the gradients of single examples. It is far from white: along most directions of weight space there is
 almost none. Where the noise does not match the curvature, SGD settles into a cloud whose shape is not given by the
 loss, as if it descended another function $\Phi$; and within the cloud the weights do not jitter aimlessly but circulate, like a
-leaf in a whirlpool. Only in the special case where $\Phi$ is the loss itself does the circulation stop.
+leaf in a whirlpool. Only for round noise is $\Phi$ the loss itself, and then nothing circulates.
 
 Equations:
 
