@@ -1,0 +1,1 @@
+"""What the compression chapters share: straight-through gradients, quantised layers, networks, text, kernels and timing."""
