@@ -91,6 +91,12 @@ def test_regions_of_equal_and_opposite_filters():
     assert (A_pp == 0).all()
 
 
+def test_an_input_on_the_edge_of_the_teacher_belongs_to_both_groups():
+    w, w_star, z = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 1.0], [0.0, 1.0], [2.0, 0.0]))
+    for group in region_matrices(w, w_star, z[None]):
+        torch.testing.assert_close(group, torch.outer(z, z))
+
+
 def test_path_is_gradient_descent():
     Z, w_star, w = randn(40, 3, 4), randn(4, seed=1), randn(4, seed=2)
     path = learn_filter(Z, filter_net(w_star, Z), w, 0.3, 10)

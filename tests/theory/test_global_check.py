@@ -62,10 +62,13 @@ def test_gradient_is_autograd():
     X, Y = problem(2)
     g = torch.Generator().manual_seed(1)
     Ws = [torch.randn(b, a, dtype=torch.float64, generator=g).requires_grad_() for a, b in [(5, 3), (3, 2), (2, 4)]]
-    norm = float(sum(d.square().sum() for d in torch.autograd.grad(loss(Ws, X, Y), Ws))) ** 0.5
-    scale = max(1.0, float((Y @ X.T).norm()))
-    assert is_critical(Ws, X, Y, tol=norm / scale * (1 + 1e-9))
-    assert not is_critical(Ws, X, Y, tol=norm / scale * (1 - 1e-9))
+    W1, W2, W3 = (W.detach() for W in Ws)
+    factors = [(W3 @ W2).norm(), W3.norm() * W1.norm(), (W2 @ W1).norm()]  # what stands around the slope in each layer's gradient
+    factors[0], factors[2] = factors[0] * 5**0.5, factors[2] * 4**0.5  # and the identity on the other side, 5 inputs and 4 outputs
+    gradients = torch.autograd.grad(loss(Ws, X, Y), Ws)
+    ratio = max(float(d.norm() / (f * (Y @ X.T).norm())) for d, f in zip(gradients, factors))
+    assert is_critical(Ws, X, Y, tol=ratio * (1 + 1e-9))
+    assert not is_critical(Ws, X, Y, tol=ratio * (1 - 1e-9))
     assert check_global(Ws, X, Y) == "not critical"
 
 
@@ -75,6 +78,43 @@ def test_only_one_layer_out_of_balance_is_noticed():
         Ws = critical(X, Y, [0, 1], [2, 3])
         Ws[j] = Ws[j] + 1e-3
         assert not is_critical(Ws, X, Y)
+
+
+@pytest.mark.parametrize("c", [1e-6, 1e-4, 1e4, 1e6])
+@pytest.mark.parametrize("what", ["inputs", "targets", "both", "layers"])
+def test_units_of_the_data_and_of_the_layers_do_not_matter(c, what):
+    X, Y = problem(1)
+    g = torch.Generator().manual_seed(5)
+    x, y = (c if what in ("inputs", "both") else 1.0), (c if what in ("targets", "both") else 1.0)
+    for J, verdict in (((0, 1), "global"), ((0, 2), "saddle"), ((1,), "saddle"), ((), "saddle")):
+        W1, W2, W3 = critical(X, Y, J, [3, 2], g)
+        # The product has to follow y / x; "layers" only moves a factor from one layer to the other.
+        scaled = [W1 / x, W2 * y, W3] if what != "layers" else [c * W1, W2, W3 / c]
+        assert check_global(scaled, x * X, y * Y) == verdict
+        for j in range(3):
+            if J:
+                moved = [W * (1 + 1e-3) if i == j else W for i, W in enumerate(scaled)]
+                assert check_global(moved, x * X, y * Y) == "not critical"
+
+
+def test_small_weights_are_not_an_excuse():
+    """Near the origin all gradients are small, but they do not vanish: only the origin itself is a critical point."""
+    X, Y = problem(1)
+    g = torch.Generator().manual_seed(6)
+    Ws = [1e-6 * torch.randn(b, a, dtype=torch.float64, generator=g) for a, b in [(5, 3), (3, 2), (2, 4)]]
+    assert check_global(Ws, X, Y) == "not critical"
+
+
+def test_the_tolerance_is_that_of_a_relative_step():
+    X, Y = problem(1)
+    Ws = critical(X, Y, [0, 1], [3, 2])
+    for size, expected in ((1e-11, True), (1e-6, False)):
+        assert is_critical([Ws[0] * (1 + size), *Ws[1:]], X, Y) == expected
+    # A bottleneck that is turned by 0.02 out of the leading plane is critical to a coarse tolerance, and the turn is below the root of that.
+    U = torch.linalg.svd(Y @ torch.linalg.pinv(X) @ X, full_matrices=False)[0]
+    tilted = [*Ws[:2], Ws[2] + 0.02 * torch.outer(U[:, 3], Ws[2].new_tensor([1.0, 0.0]))]
+    assert check_global(tilted, X, Y) == "not critical"
+    assert check_global(tilted, X, Y, tol=1e-2) == "global"
 
 
 def test_global_value_against_numpy_and_full_rank():

@@ -210,6 +210,31 @@ def test_an_outcome_counts_runs_and_looks_at_the_others():
     assert float(outcome.gaps.max()) == pytest.approx((x**2 - 1) ** 2 + 0.3 * x + 0.3054, rel=1e-6)
 
 
+def test_the_tolerance_of_the_gradient_is_passed_on():
+    """On a plateau of order four the gradient is small long before the loss is."""
+    student = Student(lambda x: x[:, 0] ** 4 / 4, torch.tensor([[0.5], [0.7]], dtype=D), target=0.0)
+    coarse, fine = student.train(tol=1e-12, grad_tol=1e-6), student.train(tol=1e-12, grad_tol=1e-12)
+    assert coarse.reached == 0 and 1e-12 < coarse.grad_norm <= 1e-6
+    assert fine.reached == 1 and fine.grad_norm <= 1e-12
+    assert student.train(tol=1e-12).gaps.tolist() == coarse.gaps.tolist()  # 1e-6 unless told otherwise
+
+
+def test_students_live_on_the_device_of_their_data():
+    """The "meta" device knows shapes only and refuses to mix with others, as a GPU does."""
+    g, X, y, V = torch.Generator().manual_seed(0), normal(6, 4), normal(6), orthonormal(2, 4)
+    build = {
+        "wide": lambda d: wide_student(X.to(d), y.to(d), 6, 3, g),
+        "linear": lambda d: linear_student(X.to(d), X.to(d), [4, 2, 4], 0.0, 3, g),
+        "relu": lambda d: relu_student(V.to(d), 2, 3, g),
+    }
+    for name, student in build.items():
+        there = student("meta")
+        assert there.starts.device.type == "meta", name
+        assert there.loss(there.starts).device.type == "meta"
+        if there.grad is not None:
+            assert there.grad(there.starts).device.type == "meta"
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="starts"):
         lbfgs_many(lambda x: x.sum(1), normal(3))

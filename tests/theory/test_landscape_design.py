@@ -8,6 +8,7 @@ import torch
 from scipy.integrate import quad
 
 from dlatlas.theory.kit.gauss import relu_kernel
+from dlatlas.theory.kit.students import relu_population_hessian
 from dlatlas.theory.landscape_design import (
     check_teacher,
     empirical_G,
@@ -126,6 +127,21 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda B: population_squared_loss(B, B_star, a), (B,))
 
 
+def test_second_derivatives():
+    B, B_star, a = randn(3, 4).requires_grad_(), randn(3, 4, seed=5), torch.tensor([1.0, 0.3, 2.0], dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda B: population_G(B, B_star, a, 0.1, 0.5), (B,))
+    assert torch.autograd.gradgradcheck(lambda B: population_squared_loss(B, B_star, a), (B,))
+
+
+@pytest.mark.parametrize("where", ["anywhere", "at the teacher", "opposite"])
+def test_the_hessian_of_the_squared_loss_is_the_closed_form(where):
+    """Also where rows are parallel, as at the solution, although the curvature of the arc cosine is infinite there."""
+    B_star, a = orthonormal(4)[:3], torch.ones(3, dtype=torch.float64)
+    B = {"anywhere": randn(3, 4), "at the teacher": B_star.clone(), "opposite": torch.stack([B_star[0], -B_star[0], B_star[2]])}[where]
+    H = torch.autograd.functional.hessian(lambda B: population_squared_loss(B, B_star, a), B).reshape(12, 12)
+    torch.testing.assert_close(H, 2 * relu_population_hessian(B, B_star), atol=1e-6, rtol=1e-6)
+
+
 def test_truth_is_a_minimum_up_to_its_scale():
     B_star, a = orthonormal(5), torch.ones(5, dtype=torch.float64)
     # On c B_star the objective is -mu |s4| / sqrt(24) m c^4 + lam m (c^2 - 1)^2, so c^2 = lam / (lam - t).
@@ -181,10 +197,26 @@ def test_assumptions_are_named():
     check_teacher(B_star, a, 1 / 30, 1.0)
     with pytest.raises(ValueError, match="orthonormal rows"):
         check_teacher(2 * B_star, a, 0.1, 1.0)
+    tilted = B_star.clone()
+    tilted[0] += 1e-5 * B_star[1]  # of the right length, but not orthogonal
+    with pytest.raises(ValueError, match="Gram matrix is off by 1e-05"):
+        check_teacher(tilted, a, 0.1, 1.0)
+    check_teacher(B_star + 1e-2 * (tilted - B_star), a, 0.1, 1.0)  # off by 1e-7, as single precision leaves it
+    with pytest.raises(ValueError, match=r"off by 0\.5"):  # a negative entry counts as well
+        check_teacher(torch.stack([B_star[0], -0.5 * B_star[0] + 0.75**0.5 * B_star[1]]), a[:2], 0.1, 1.0)
+    with pytest.raises(ValueError, match="off by 2"):
+        check_teacher(3**0.5 * B_star, a, 0.1, 1.0)
     with pytest.raises(ValueError, match="positive output weights"):
         check_teacher(B_star, a - 1, 0.1, 1.0)
-    with pytest.raises(ValueError, match="unbounded below"):
-        check_teacher(B_star, a, 1.0, 0.01)
+    for weight in (0.0, -0.5):
+        with pytest.raises(ValueError, match=f"positive output weights, got {weight}"):
+            check_teacher(B_star, torch.tensor([1.0, weight, 2.0], dtype=torch.float64), 0.1, 1.0)
+    bound = 0.3 * 4.0 * abs(relu_hermite(4)) / math.sqrt(24)  # the largest weight counts
+    weights = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
+    check_teacher(B_star, weights, 0.3, 1.001 * bound)
+    for lam in (0.999 * bound, bound, 0.0):
+        with pytest.raises(ValueError, match="unbounded below"):
+            check_teacher(B_star, weights, 0.3, lam)
     # Below the bound the objective falls along the truth itself; above it does not.
     least = abs(relu_hermite(4)) / math.sqrt(24)
     values = [float(population_G(c * B_star, B_star, a, 1.0, 0.99 * least)) for c in (100.0, 1000.0)]

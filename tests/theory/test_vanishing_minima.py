@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dlatlas.theory import vanishing_minima
 from dlatlas.theory.vanishing_minima import khatri_rao, residual_is_forced_zero, slope_matrix, train_mse_binary
 
 D = torch.float64
@@ -104,6 +105,20 @@ def test_labels_of_any_two_values():
     w = W.clone().requires_grad_()
     loss = (y - (X @ w[0]).relu() + (X @ w[1]).relu()).square().mean()
     assert untrained["grad_norm"] == pytest.approx(float(torch.autograd.grad(loss, w)[0].norm()), rel=1e-6)
+
+
+def test_everything_lives_on_the_device_of_the_samples(monkeypatch):
+    """New tensors go to another device here unless they follow the samples; mixing the two raises."""
+    monkeypatch.setattr(vanishing_minima, "fit", lambda *args, **kwargs: None)  # Adam keeps its counter on the default device
+    X, y = normal(12, 5), (normal(12, seed=1) > 0).long()
+
+    def run():
+        return train_mse_binary(X, y, 4, 0.1, 1, torch.Generator().manual_seed(0), return_weights=True)
+
+    expected, W = run()
+    with torch.device("meta"):
+        result, there = run()
+    assert result == expected and there.device == X.device and torch.equal(there, W)
 
 
 def test_bad_input():

@@ -93,6 +93,28 @@ def test_a_full_rank_leaves_no_room_for_an_error():
     assert not critical_point_is_global(dependent, hidden, 1e-8)
 
 
+def test_nearly_dependent_features_can_hide_an_error():
+    U, _, Vh = torch.linalg.svd(normal(6, 9), full_matrices=False)
+    F = U * torch.logspace(0, -5, 6, dtype=D) @ Vh  # condition number 1e5, full rank by any tolerance
+    delta = 1e-2 * U[:, 5:]  # the error along the weakest direction
+    gradient = float((F.T @ delta).norm())
+    assert gradient == pytest.approx(1e-7)
+    assert not critical_point_is_global(F, delta, 1e-6)  # a gradient of 1e-7 allows an error of 1e-2
+    assert critical_point_is_global(F, delta, 1.01e-2) and not critical_point_is_global(F, delta, 0.99e-2)
+    # Along the strongest direction the bound is cautious by the condition number.
+    assert critical_point_is_global(F, 1e-12 * U[:, :1], 1.01e-7) and not critical_point_is_global(F, 1e-12 * U[:, :1], 0.99e-7)
+    for c in (1e-4, 1e4):  # the unit of the features cancels
+        assert critical_point_is_global(c * F, delta, 1.01e-2) and not critical_point_is_global(c * F, delta, 0.99e-2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_certificate_bounds_the_error(seed):
+    F, delta = normal(8, 12, seed=seed), normal(8, 3, seed=seed + 9)
+    size = float(delta.norm())
+    assert not critical_point_is_global(F, delta, 0.99 * size)  # the bound is never below the error itself
+    assert critical_point_is_global(F, delta, 1.01 * size * float(torch.linalg.cond(F)))
+
+
 def test_the_gradient_of_the_next_layer_is_features_times_delta():
     net, X, Y = conv_net(), normal(12, 1, 8, 8), normal(12, 2, seed=1)
     inputs = net[:4](X).detach().requires_grad_()
@@ -116,7 +138,8 @@ def test_bad_input():
         zero_loss_head(normal(5, 3), normal(4, 1))
     with pytest.raises(ValueError, match="delta"):
         critical_point_is_global(normal(5, 8), normal(4, 1), 1e-8)
-    with pytest.raises(ValueError, match="tol > 0"):
-        critical_point_is_global(normal(5, 8), normal(5, 1), 0.0)
+    for tol in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="tol > 0"):
+            critical_point_is_global(normal(5, 8), normal(5, 1), tol)
     with pytest.raises(ValueError, match="not finite"):
         critical_point_is_global(normal(5, 8) / 0, normal(5, 1), 1e-8)

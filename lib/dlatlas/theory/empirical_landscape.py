@@ -28,8 +28,8 @@ Deviations from the paper:
 4. Stationary points of linear nets come in continuous families and are degenerate. They are compared through their products $P$, which
    are isolated where the eigenvalues of the problem are distinct.
 
-Later work: Mei, Bai and Montanari (2018) proved one-to-one correspondence for general non-convex M-estimation; Nagarajan and Kolter
-(2019) showed that uniform convergence over norm balls cannot explain how well over-parameterised nets generalise.
+Later work: one-to-one correspondence for general non-convex M-estimation had been proved before, by Mei, Bai and Montanari (preprint of
+2016, published in 2018). Nagarajan and Kolter (2019) showed that uniform convergence over norm balls cannot explain how well over-parameterised nets generalise.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ $$ \tfrac12 \Big( \| Y \|_F^2 - \sum_{j \le k} s_j^2 \Big) . $$
 Deviations from the paper:
 
 1. Only the theorems on linear nets. For non-linear nets the paper works in function space and gets sufficient conditions only.
-2. The paper's points are exactly critical. Here ranks and subspaces are compared with the tolerance $\sqrt{\text{tol}}$, because
-   a gradient of size tol leaves errors of that order over the smallest gap of the singular values.
+2. The paper's points are exactly critical. Here the gradient of each layer is compared with the size of the factors that it is made of, and
+   ranks and subspaces with the relative tolerance $\sqrt{\text{tol}}$, because a relative gradient of size tol leaves errors of that order over
+   the smallest gap of the singular values.
 3. Of the distinctness of the singular values only what decides the test is demanded: that $s_k > s_{k+1}$ at a bottleneck.
 
 Later work: Laurent and von Brecht (2018) prove that all local minima of deep linear nets are global for every convex differentiable
@@ -47,13 +48,15 @@ _RTOL = 1e-9
 def is_critical(Ws: Sequence[Tensor], X: Tensor, Y: Tensor, tol: float = 1e-8) -> bool:
     r"""Whether the gradient of $\tfrac12 \| W_{H+1} \cdots W_1 X - Y \|_F^2$ vanishes.
 
-    Its norm over all layers may be at most $\text{tol} \cdot \max(1, \|Y X^\top\|_F)$.
+    The gradient in layer $j$ is $B^\top (R X - Y) X^\top A^\top$ with $A$ the product of the layers before and $B$ that of the layers after it. It
+    counts as zero if its norm is at most $\text{tol} \cdot \|B\|_F \|Y X^\top\|_F \|A\|_F$. Both sides change by the same factor when the inputs, the
+    targets or two layers against one another are rescaled, so the units of the data do not matter.
 
     Args:
         Ws: the layers from the input on, `Ws[j]` of shape `[d_{j+1}, d_j]`.
         X: inputs `[dx, n]`, a column for each sample.
         Y: targets `[dy, n]`.
-        tol: tolerance.
+        tol: relative tolerance.
 
     Raises:
         ValueError: fewer than two layers, shapes that do not fit, or a singular $X X^\top$.
@@ -63,11 +66,12 @@ def is_critical(Ws: Sequence[Tensor], X: Tensor, Y: Tensor, tol: float = 1e-8) -
     for W in Ws:
         before.append(W @ before[-1])
     slope = (before[-1] @ X - Y) @ X.T  # [dy, dx], gradient with respect to R
-    total, after = 0.0, torch.eye(len(Y), dtype=X.dtype, device=X.device)
+    after, scale = torch.eye(len(Y), dtype=X.dtype, device=X.device), (Y @ X.T).norm()
     for W, first in zip(reversed(Ws), reversed(before[:-1])):
-        total += float((after.T @ slope @ first.T).square().sum())
+        if (after.T @ slope @ first.T).norm() > tol * after.norm() * scale * first.norm():
+            return False
         after = after @ W
-    return total**0.5 <= tol * max(1.0, float((Y @ X.T).norm()))
+    return True
 
 
 def check_global(Ws: Sequence[Tensor], X: Tensor, Y: Tensor, tol: float = 1e-8) -> str:
@@ -77,7 +81,7 @@ def check_global(Ws: Sequence[Tensor], X: Tensor, Y: Tensor, tol: float = 1e-8) 
         Ws: the layers from the input on, `Ws[j]` of shape `[d_{j+1}, d_j]`.
         X: inputs `[dx, n]`.
         Y: targets `[dy, n]`.
-        tol: tolerance of the gradient, see `is_critical`; ranks and subspaces are compared with its square root.
+        tol: relative tolerance of the gradient, see `is_critical`; ranks and subspaces are compared with its square root.
 
     Raises:
         ValueError: as `is_critical`, or an assumption of the theorem fails: $Y X^\top$ of full rank, $s_k > s_{k+1}$.

@@ -29,7 +29,9 @@ Deviations from the paper:
 1. The constants of the two sums are those of the contractions above; the paper may distribute them differently, which rescales $\mu$.
 2. Rows need not have unit norm: $b$ counts as $|b|$ times its direction, as the homogeneity of the rectifier demands.
 3. The whitening step for a teacher that is not orthogonal is not implemented; `check_teacher` refuses such a teacher.
-4. $G$ does not see the signs of the rows, nor $a$. The paper finds them afterwards; we compare up to sign.
+4. $G$ is even in every row and has no output weights of its own: its minima are the directions of the teacher's rows up to sign, with lengths
+   that depend on $a_i$. `recovery_error` therefore compares directions up to order and sign. The signs and $a$ are left to a second step, a
+   linear regression on the rectified responses, which is not part of this module.
 
 Later work: Safran and Shamir (2018) prove by computer that the plain squared loss has spurious minima from six hidden units on when
 student and teacher have equally many, and find that a few more units make them rare. Ge et al. (2019) treat inputs with any
@@ -160,7 +162,7 @@ def population_squared_loss(B: Tensor, B_star: Tensor, a: Tensor) -> Tensor:
     r"""Plain loss $E (\sum_i a_i \operatorname{relu}(b_i \cdot x) - y)^2$ for $x \sim N(0, I)$, from the kernel of the rectifier.
 
     Args:
-        B: rows of the student `[m, d]`; the result is differentiable in them.
+        B: rows of the student `[m, d]`; the result is twice differentiable in them.
         B_star: rows of the teacher `[m, d]`.
         a: output weights of both `[m]`.
 
@@ -218,14 +220,31 @@ class _Arc(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, c: Tensor) -> Tensor:
-        c = c.clamp(-1, 1)
         ctx.save_for_backward(c)
+        c = c.clamp(-1, 1)
         return (1 - c**2).sqrt() + (math.pi - c.acos()) * c
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> Tensor:
+        return upstream * _ArcSlope.apply(*ctx.saved_tensors)
+
+
+class _ArcSlope(torch.autograd.Function):
+    """``pi - acos c``. Its derivative 1 / sqrt(1 - c^2) is infinite where rows are parallel, and each row is parallel to itself.
+
+    There it always meets the square of a derivative of c, which vanishes faster: the product tends to 0, so 0 stands for it.
+    """
+
+    @staticmethod
+    def forward(ctx, c: Tensor) -> Tensor:
+        ctx.save_for_backward(c)
+        return math.pi - c.clamp(-1, 1).acos()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
         (c,) = ctx.saved_tensors
-        return upstream * (math.pi - c.acos())
+        inside = 1 - c**2
+        return upstream * torch.where(inside > 0, inside.clamp(min=torch.finfo(c.dtype).tiny).rsqrt(), 0.0)
 
 
 def _kernel(U: Tensor, V: Tensor) -> Tensor:

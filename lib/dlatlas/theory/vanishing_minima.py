@@ -3,8 +3,8 @@ r"""Khatri-Rao rank condition for differentiable local minima (soudry2018exponen
 Within one activation region a one-hidden-layer net with piecewise linear units is linear in its first-layer weights, so a vanishing
 gradient is a linear system for the residuals. Its matrix, the Khatri-Rao product of slopes and inputs, has $d_0 d_1$ rows and $n$
 columns. When its columns are linearly independent the residuals must vanish: a differentiable local minimum in that region fits all
-samples. Bad minima need regions where the rank is too small, and those become exponentially rare once $d_0 d_1$ exceeds $n$ by a
-logarithmic factor, far fewer units than one a sample.
+samples. Bad minima need regions where the rank is too small, and for leaky units those become exponentially rare once $d_0 d_1$ exceeds
+$n$ by a logarithmic factor, far fewer units than one a sample. True rectifiers, $\rho = 0$, also need that every sample switches some unit on.
 
 Equations:
 
@@ -127,15 +127,16 @@ def train_mse_binary(
         ValueError: as :func:`slope_matrix`; also labels that are not of two values, or ``d1, epochs, batch < 1``.
     """
     _check(X[:1], X, rho)
-    values = y.unique()
+    values = y.unique().to(X.device)
     if y.shape != X.shape[:1] or len(values) != 2:
         raise ValueError(f"expected labels ({len(X)},) with two different values, got shape {tuple(y.shape)} with {len(values)} values")
     if d1 < 1 or epochs < 1 or batch < 1:
         raise ValueError(f"d1, epochs and batch must be at least 1, got {d1}, {epochs} and {batch}")
     n, d0 = X.shape
-    y = y.to(X.dtype)
-    W = torch.randn(d1, d0, generator=generator, dtype=X.dtype) / math.sqrt(d0)
-    signs = torch.ones(d1, dtype=X.dtype)
+    y = y.to(X)
+    source = generator.device if generator is not None else "cpu"  # drawn where the generator lives: the same start on every device
+    W = torch.randn(d1, d0, generator=generator, dtype=X.dtype, device=source).to(X.device) / math.sqrt(d0)
+    signs = torch.ones(d1, dtype=X.dtype, device=X.device)
     signs[1::2] = -1
 
     def residual_and_grad(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +151,7 @@ def train_mse_binary(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def step(_: int) -> float:
-        index = next(batches)
+        index = next(batches).to(X.device)
         e, W.grad = residual_and_grad(X[index], y[index])
         optimizer.step()
         schedule.step()

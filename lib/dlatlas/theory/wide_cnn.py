@@ -105,26 +105,34 @@ def zero_loss_head(F: Tensor, Y: Tensor, *, exact: bool = False) -> tuple[Tensor
 def critical_point_is_global(F: Tensor, delta_next: Tensor, tol: float) -> bool:
     r"""The theorem as a certificate: features of full row rank and a vanishing gradient $F^T \Delta$ force $\Delta = 0$.
 
-    True says that the error signal at the next layer is at most ``tol / sigma_min(F)``. False says that the certificate does not apply:
-    either this is no critical point of the next layer's weights, or the features are dependent and an error may hide in their null space.
+    With a small gradient instead of none the error signal is at most $|F^T \Delta| / \sigma_{\min}(F)$, and the squared loss
+    $\tfrac12 |\Delta|^2$ of a dense output layer at most half the square of that. True says that this bound is at most `tol`. False says that
+    nothing is certified: this is no critical point of the next layer's weights, or the features are dependent, or so nearly dependent that
+    a large error would leave as small a gradient.
 
     Args:
         F: features of the wide layer ``(n, u)``.
         delta_next: derivative of the loss with respect to the next layer's inputs ``(n, units_next)``.
-        tol: largest norm of $F^T \Delta$ that counts as zero.
+        tol: largest norm of $\Delta$ that counts as zero.
 
     Raises:
-        ValueError: shapes that do not fit, or ``tol <= 0``.
+        ValueError: shapes that do not fit, ``tol <= 0``, or features that are not finite.
     """
-    if F.dim() != 2 or delta_next.dim() != 2 or len(F) != len(delta_next) or tol <= 0:
+    if F.dim() != 2 or delta_next.dim() != 2 or len(F) != len(delta_next) or not tol > 0:
         raise ValueError(f"expected F (n, u), delta (n, v) and tol > 0; got {tuple(F.shape)}, {tuple(delta_next.shape)} and {tol}")
-    if _rank(F, 1e-7) < len(F):
+    F, delta_next = F.double(), delta_next.double()
+    sigma = _spectrum(F)
+    if len(sigma) < len(F) or int((sigma > 1e-7 * sigma[0]).sum()) < len(F):
         return False
-    return float((F.T @ delta_next).norm()) <= tol
+    return float((F.T @ delta_next).norm()) <= tol * float(sigma[-1])
+
+
+def _spectrum(F: Tensor) -> Tensor:
+    if not bool(torch.isfinite(F).all()):
+        raise ValueError("the features are not finite")
+    return torch.linalg.svdvals(F.double())
 
 
 def _rank(F: Tensor, rtol: float) -> int:
-    if not bool(torch.isfinite(F).all()):
-        raise ValueError("the features are not finite")
-    sigma = torch.linalg.svdvals(F.double())
+    sigma = _spectrum(F)
     return int((sigma > rtol * sigma[0]).sum())  # 0 for the zero matrix

@@ -233,7 +233,7 @@ def levenberg_marquardt(net: nn.Module, X: Tensor, Y: Tensor, *, steps: int = 10
         gradient = J.T @ residual / len(X)
         if left == 0 or gradient.norm() <= tol:
             break
-        K, eye = J @ J.T, torch.eye(len(residual), dtype=J.dtype)
+        K, eye = J @ J.T, torch.eye(len(residual), dtype=J.dtype, device=J.device)
         scale = float(K.diagonal().max())
         damping = damping or 0.1 * scale  # long first steps would drive the units into saturation
         for _ in range(60):
@@ -288,12 +288,16 @@ class Student(NamedTuple):
     hessian: Callable[[Tensor], Tensor] | None = None
     warm_up: int = 0
 
-    def train(self, *, steps: int = 600, tol: float = 1e-6) -> Outcome:
-        """Descend from all starts; a run has reached the global value when its loss is within `tol` of it."""
+    def train(self, *, steps: int = 600, tol: float = 1e-6, grad_tol: float = 1e-6) -> Outcome:
+        """Descend from all starts; a run has reached the global value when its loss is within `tol` of it.
+
+        `grad_tol` is the gradient norm at which a run stops. On a plateau where the loss falls with the fourth power of the way, the gradient
+        is below any ordinary tolerance long before the loss has fallen: take it near rounding there, and many steps.
+        """
         x, grad = self.starts, self.grad or (lambda x: _autograd(self.loss, x))
         for _ in range(self.warm_up):
             x = x - 0.1 * grad(x)
-        stops = lbfgs_many(self.loss, x, grad=grad, steps=steps)
+        stops = lbfgs_many(self.loss, x, grad=grad, steps=steps, tol=grad_tol)
         gaps = stops.loss - self.target
         other = stops.x[gaps > tol]
         if self.hessian is None or len(other) == 0:
@@ -311,7 +315,7 @@ def linear_student(X: Tensor, Y: Tensor, sizes: list[int], target: float, starts
     a hundred it would run off to infinity, where one layer grows without end, another dies, and the gradient need not vanish.
     """
     moments = X.T @ X / len(X), Y.T @ X / len(X), Y.T @ Y / len(X)
-    blocks = [torch.randn(starts, i * o, dtype=X.dtype, generator=generator) / math.sqrt(i) for i, o in itertools.pairwise(sizes)]
+    blocks = [_draw((starts, i * o), X, generator) / math.sqrt(i) for i, o in itertools.pairwise(sizes)]
     return Student(lambda flat: linear_net_loss(flat, sizes, *moments), torch.cat(blocks, 1), target, warm_up=1000)
 
 
@@ -324,7 +328,7 @@ def relu_student(V: Tensor, units: int, starts: int, generator: torch.Generator 
     def rows(flat: Tensor) -> Tensor:
         return flat.unflatten(-1, (units, d))
 
-    W0 = torch.randn(starts, units * d, dtype=V.dtype, generator=generator) / math.sqrt(d)
+    W0 = _draw((starts, units * d), V, generator) / math.sqrt(d)
     return Student(
         lambda flat: relu_population_loss(rows(flat), V),
         W0,
@@ -341,7 +345,7 @@ def wide_student(X: Tensor, y: Tensor, units: int, starts: int, generator: torch
     """
     if units * X.shape[1] < len(X):
         raise ValueError(f"{units} units of {X.shape[1]} weights cannot fit {len(X)} arbitrary labels")
-    signs = torch.ones(units, dtype=X.dtype)
+    signs = torch.ones(units, dtype=X.dtype, device=X.device)
     signs[1::2] = -1
     signs /= math.sqrt(units)
 
@@ -353,8 +357,14 @@ def wide_student(X: Tensor, y: Tensor, units: int, starts: int, generator: torch
         e, inputs = error(flat)
         return ((inputs > 0) * e[..., None, :] * signs[:, None] @ X / len(X)).flatten(-2)
 
-    W0 = torch.randn(starts, units * X.shape[1], dtype=X.dtype, generator=generator)
+    W0 = _draw((starts, units * X.shape[1]), X, generator)
     return Student(lambda flat: error(flat)[0].square().mean(-1) / 2, W0, 0.0, grad)
+
+
+def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers of the dtype and on the device of `like`, drawn where the generator lives: the same on every device."""
+    source = generator.device if generator is not None else "cpu"
+    return torch.randn(*shape, dtype=like.dtype, generator=generator, device=source).to(like.device)
 
 
 def _angles(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
