@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dlatlas.gans.kit.penalty import gradient_norms, interpolates
+from dlatlas.gans.kit.gradients import gradient_norms, interpolates
 
 __all__ = ["d_loss", "g_loss", "gradient_penalty", "js_divergence_points"]
 

@@ -1,4 +1,4 @@
-"""How steep a critic is: gradients with respect to its input, one for each sample, as the penalties need them."""
+"""How steep a critic is, and where one looks: gradients with respect to the input, one for each sample, as the penalties need them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_norms", "input_gradients"]
+__all__ = ["gradient_norms", "input_gradients", "interpolates"]
 
 
 def input_gradients(critic: Callable[[Tensor], Tensor], x: Tensor, create_graph: bool = True) -> Tensor:
@@ -40,3 +40,20 @@ def gradient_norms(critic: Callable[[Tensor], Tensor], x: Tensor, create_graph: 
     The tiny constant keeps the derivative of the root finite where the gradient is zero.
     """
     return (input_gradients(critic, x, create_graph).flatten(1).square().sum(1) + 1e-12).sqrt()
+
+
+def interpolates(real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    r"""$t x + (1 - t) y$ for pairs of a real $x$ and a fake $y$, one uniform $t$ in [0, 1] a pair; without graph.
+
+    Args:
+        real: ``[B, ...]``.
+        fake: ``[B, ...]``.
+        generator: of the draws, on the CPU.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if real.shape != fake.shape:
+        raise ValueError(f"pairs need equal shapes, got {tuple(real.shape)} and {tuple(fake.shape)}")
+    t = torch.rand(len(real), generator=generator, dtype=real.dtype).to(real.device).view(-1, *[1] * (real.dim() - 1))
+    return t * real.detach() + (1 - t) * fake.detach()
