@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from dlatlas.compression.kit.nets import lenet, mlp
-from dlatlas.compression.kit.qat import freeze_quantized, layers_of, quantize_aware, quantized_bits
+from dlatlas.compression.kit.qat import choose_layers, filled, freeze_quantized, layers_of, plain_layer, quantize_aware, quantized_bits
 from dlatlas.compression.kit.ste import ste_replace, ste_round, ste_sign
 
 
@@ -131,3 +131,29 @@ def test_normalisation_counts_tied_weights_count_once_and_counters_do_not():
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_a_plain_layer_has_the_form_of_its_subclass():
+    class Special(nn.Conv2d):
+        pass
+
+    layer = Special(4, 6, (3, 1), stride=2, padding=(1, 0), dilation=1, groups=2, bias=False, padding_mode="circular")
+    plain = filled(plain_layer(layer), layer.weight, layer.bias)
+    x = torch.randn(2, 4, 7, 7)
+    assert type(plain) is nn.Conv2d and torch.equal(plain(x), layer(x)) and plain.weight is not layer.weight
+    double = nn.Linear(3, 2).double()
+    copied = filled(plain_layer(double), double.weight, double.bias)
+    assert copied.weight.dtype == torch.float64 and torch.equal(copied.weight, double.weight) and torch.equal(copied.bias, double.bias)
+
+
+def test_layers_are_chosen_by_place_or_name():
+    net = mlp([2, 3, 4, 2])
+    assert (
+        list(choose_layers(net)) == ["2"]
+        and list(choose_layers(net, ())) == ["0", "2", "4"]
+        and list(choose_layers(net, "2")) == ["0", "4"]
+    )
+    with pytest.raises(ValueError, match="none is left"):
+        choose_layers(mlp([2, 3, 2]))
+    with pytest.raises(ValueError, match="must hold"):
+        choose_layers(net, ("middle",))

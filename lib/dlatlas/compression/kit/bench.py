@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dlatlas.compression.kit.loop import Batches, fit_classifier
-from dlatlas.compression.kit.qat import freeze_quantized, layers_of, quantize_aware, quantized_bits
+from dlatlas.compression.kit.qat import choose_layers, freeze_quantized, layers_of, quantize_aware, quantized_bits
 from dlatlas.kit.metrics import accuracy
 
 __all__ = ["Contender", "Score", "Task", "bench", "bits_a_weight", "bucket_bits", "exact", "huffman_lengths", "rounded", "tuned"]
@@ -169,9 +169,7 @@ def bucket_bits(model: nn.Module, bucket_size: int = 256, *, huffman: bool = Fal
         model: quantised with buckets, see :func:`dlatlas.compression.quantized_distillation.uniform_quantize`.
         skip: layers that were not, by name or "first" and "last".
     """
-    layers = layers_of(model)
-    kept = {{"first": next(iter(layers)), "last": list(layers)[-1]}.get(name, name) for name in skip}
-    coded = {name: layer.weight for name, layer in layers.items() if name not in kept}
+    coded = {name: layer.weight for name, layer in choose_layers(model, skip).items()}
     skipped = {id(w) for w in coded.values()}
     tensors = (*model.parameters(), *model.buffers())
     total = sum(8 * t.element_size() * t.numel() for t in tensors if id(t) not in skipped and t.is_floating_point())

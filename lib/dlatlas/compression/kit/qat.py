@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["freeze_quantized", "layers_of", "quantize_aware", "quantized_bits"]
+__all__ = ["choose_layers", "conv_arguments", "filled", "freeze_quantized", "layers_of", "plain_layer", "quantize_aware", "quantized_bits"]
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -31,6 +31,51 @@ class _Quantizer(nn.Module):
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The Linear and Conv2d layers of a network by name, in the order in which they were registered."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+
+
+def choose_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> dict[str, nn.Module]:
+    """The layers of :func:`layers_of` without some.
+
+    Args:
+        skip: layers that are left out: "first", "last" (in the order of registration) or names of layers.
+
+    Raises:
+        ValueError: `skip` names no layer or leaves none.
+    """
+    layers = layers_of(model)
+    names = list(layers)
+    skip = [skip] if isinstance(skip, str) else list(skip)
+    if unknown := set(skip) - {"first", "last", *names}:
+        raise ValueError(f"skip must hold 'first', 'last' or names of layers ({', '.join(names)}); got {sorted(unknown)}")
+    kept = {{"first": names[0], "last": names[-1]}.get(name, name) for name in skip} if names else set()
+    chosen = {name: layer for name, layer in layers.items() if name not in kept}
+    if not chosen:
+        raise ValueError(f"the network has {len(names)} Linear and Conv2d layers and none is left when {skip} are skipped")
+    return chosen
+
+
+def conv_arguments(layer: nn.Conv2d) -> tuple:
+    """The positional arguments that make a convolution of the same form."""
+    return (
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+        layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode,
+    )  # fmt: skip
+
+
+def plain_layer(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """A fresh `Linear` or `Conv2d` of the same form as a layer of a subclass."""
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(*conv_arguments(layer))
+    return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+
+
+@torch.no_grad()
+def filled(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The layer with a copy of the given weight and bias, in their type and on their device."""
+    layer.to(weight).weight.copy_(weight)
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer
 
 
 def quantize_aware(
@@ -54,15 +99,7 @@ def quantize_aware(
     """
     if weight is None and activation is None:
         raise ValueError("expected a quantiser of weights or of activations, got neither")
-    layers = layers_of(model)
-    names = list(layers)
-    skip = [skip] if isinstance(skip, str) else list(skip)
-    if unknown := set(skip) - {"first", "last", *names}:
-        raise ValueError(f"skip must hold 'first', 'last' or names of layers ({', '.join(names)}); got {sorted(unknown)}")
-    kept = {{"first": names[0], "last": names[-1]}.get(name, name) for name in skip} if names else set()
-    chosen = {name: layer for name, layer in layers.items() if name not in kept}
-    if not chosen:
-        raise ValueError(f"the network has {len(names)} Linear and Conv2d layers and none is left when {skip} are skipped")
+    chosen = choose_layers(model, skip)
     for name, layer in chosen.items():
         if parametrize.is_parametrized(layer, "weight") or hasattr(layer, "quantized_input"):
             raise ValueError(f"layer {name!r} is quantised already")
