@@ -10,6 +10,7 @@ from scipy.special import expit
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import LogisticRegression
 
+from dlatlas.theory import bayes_evidence
 from dlatlas.theory.bayes_evidence import fit_laplace_logistic, log_evidence, log_ratio_to_null, optimal_batch, sgd_noise_scale
 
 
@@ -90,6 +91,13 @@ def test_newton_converges_where_the_full_step_overshoots():
         found = fit_laplace_logistic(torch.from_numpy(Z), torch.ones(6), lam)["w"].numpy()
         assert np.abs(gradient(found)).max() < 1e-6 * np.abs(Z).max()
     assert failed > 0  # without damping some of these diverge
+
+
+def test_newton_refuses_a_step_that_gains_next_to_nothing(monkeypatch):
+    # An objective that falls, but by far less than 1e-4 of what the gradient promises, whatever the size of the step.
+    monkeypatch.setattr(bayes_evidence, "_objective", lambda Z, w, lam: 1.0 - 1e-8 * float(w.norm()))
+    X, y = logistic_data()
+    assert not fit_laplace_logistic(X, y, 1.0)["w"].any()
 
 
 def test_random_labels_lose_to_the_null_model_and_true_ones_win():

@@ -47,6 +47,15 @@ def test_svm_in_closed_form_and_under_scaling():
     torch.testing.assert_close(hard_margin_svm(torch.eye(2), torch.tensor([1.0, -1.0])), torch.tensor([1.0, -1.0]).double())
 
 
+@pytest.mark.parametrize("angle", [1e-2, 1e-4])
+def test_a_very_narrow_street_is_still_a_street(angle):
+    # Two points of one class, `angle` short of opposite: the separator is upright and has margin sin(angle / 2).
+    X = torch.tensor([[math.cos(angle / 2), math.sin(angle / 2)], [-math.cos(angle / 2), math.sin(angle / 2)]]).double()
+    w = hard_margin_svm(X, torch.ones(2))
+    assert float(w[1]) == pytest.approx(1 / math.sin(angle / 2), rel=1e-4)
+    assert abs(float(w[0])) < 1e-4 * float(w[1])
+
+
 @pytest.mark.parametrize(("loss", "slope"), [("logistic", lambda m: 1 / (1 + np.exp(m))), ("exp", lambda m: np.exp(-m))])
 def test_path_is_plain_gradient_descent(loss, slope):
     X, y = separable_blobs(25, 3, 0.3, gen(2))

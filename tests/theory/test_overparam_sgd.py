@@ -80,17 +80,46 @@ def test_one_linear_unit_pair_is_a_perceptron_with_margin():
     X, y = blobs(50, 3, 0.2, 6)
     net = LeakyTwoLayer(3, 1, 1 - 1e-12)
     told = train_hinge(net, X, y, 0.7, generator=gen(7))
-    p, updates, order = np.zeros(3), 0, gen(7)
+    p, updates, epochs, order = np.zeros(3), 0, 0, gen(7)
     while True:
-        before = updates
+        before, epochs = updates, epochs + 1
         for i in torch.randperm(50, generator=order):
             if float(y[i]) * (p @ X[i].numpy()) < 1:
                 p = p + 0.7 * float(y[i]) * X[i].numpy()
                 updates += 1
         if updates == before:
             break
-    assert told == {"updates": updates, "epochs": told["epochs"], "zero_loss": True}
+    assert epochs > 2
+    assert told == {"updates": updates, "epochs": epochs, "zero_loss": True}  # the last epoch changed nothing
     np.testing.assert_allclose((net.W[0] - net.W[1]).detach() / math.sqrt(2), p, rtol=1e-9)
+
+
+def test_first_update_from_zero_has_slope_one_in_every_unit():
+    x, k = torch.tensor([[0.6, -0.8]], dtype=torch.float64), 3
+    net = LeakyTwoLayer(2, k, 0.1)
+    told = train_hinge(net, x, torch.tensor([-1.0]), 0.5, max_epochs=1)
+    want = -0.5 * x / math.sqrt(2 * k)  # lr y sigma'(0) v x, with the sign of the vote
+    torch.testing.assert_close(net.W.detach(), torch.cat([want.expand(k, 2), -want.expand(k, 2)]))
+    assert told["updates"] == 1
+
+
+def test_bound_for_another_output_scale_is_a_change_of_step_and_start():
+    # With v = c / sqrt(2k): <W, W*> >= t lr alpha c sqrt(2k) - r |W*| and |W|^2 <= r^2 + t (2 lr + lr^2 c^2).
+    w, lr, alpha, r, k = 4.0, 0.5, 0.3, 1.5, 7
+    star = math.sqrt(2 * k) * w
+    for c in (0.5, 1.0, 4.0):
+
+        def slack(t, c=c):
+            return t * lr * alpha * c * math.sqrt(2 * k) - r * star - star * math.sqrt(r * r + t * (2 * lr + (lr * c) ** 2))
+
+        assert update_bound(w, lr * c**2, alpha, c * r) == pytest.approx(brentq(slack, 0, 1e9, xtol=1e-9, rtol=1e-14), rel=1e-8)
+    X, y = blobs(40, 3, 0.2, 12)
+    for k in (2, 30):
+        net = LeakyTwoLayer(3, k, alpha, init_scale=r, generator=gen(13))
+        net.v *= math.sqrt(k)
+        told = train_hinge(net, X, y, lr, generator=gen(14))
+        assert told["zero_loss"]
+        assert told["updates"] <= update_bound(float(hard_margin_svm(X, y).norm()), lr * k, alpha, math.sqrt(k) * r)
 
 
 def test_bound_holds_over_many_draws_and_widths():

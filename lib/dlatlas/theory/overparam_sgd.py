@@ -29,7 +29,7 @@ Deviations from the paper:
 
 Later work: Lyu et al. (2021) and Frei et al. (2022) describe which separator such nets reach when they are trained further with the logistic
 loss, in particular on symmetric and on nearly orthogonal data. For ReLU ($\alpha = 0$) no such bound exists: units that are silent on
-all data receive no gradient, which Safran and Shamir (2018) and others studied as spurious minima.
+all data receive no gradient.
 """
 
 from __future__ import annotations
