@@ -16,7 +16,7 @@ TORCH_FROM := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-back
 
 export TQDM_DISABLE ?= 1
 
-.PHONY: help env data notebooks book test lint lab chapter serve seeds full bench browser clean distclean
+.PHONY: help env data notebooks book test lint lab chapter serve seeds full bench browser compiler clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -77,6 +77,11 @@ browser: ## install a headless browser for the browser tests (Debian, Ubuntu; ot
 	@command -v chromium chromium-browser google-chrome >/dev/null && echo "a browser is installed" \
 	  || { command -v apt-get >/dev/null || { echo "Please install Chromium with your system's package manager."; exit 1; }; \
 	       $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c 'apt-get update -qq && apt-get install -y -qq chromium' ; }
+
+compiler: ## install a C compiler for the packed kernels (without one NumPy computes the same, slowly)
+	@command -v cc gcc clang >/dev/null && echo "a C compiler is installed" \
+	  || { command -v apt-get >/dev/null || { echo "Please install gcc or clang with your system's package manager."; exit 1; }; \
+	       $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c 'apt-get update -qq && apt-get install -y -qq gcc libc6-dev' ; }
 
 clean: ## remove everything that was built
 	rm -rf _build
