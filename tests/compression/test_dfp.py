@@ -226,3 +226,10 @@ def test_both_ways_to_multiply_are_exact_up_to_the_last_integer(doubles):
     assert np.array_equal(integer_matmul(a, b, doubles), exact)
     most = integer_matmul(torch.full((1, 511), -128), torch.full((511, 1), -32768), doubles)
     assert most.dtype == torch.int32 and most.item() == 511 * 2**22 > 2**30
+
+
+def test_conversion_of_a_layer_of_shared_layers_and_of_modes():
+    layer = nn.Linear(3, 3)
+    assert isinstance(convert(layer), DFPLinear) and convert(layer).weight is layer.weight
+    net = convert(nn.Sequential(layer, nn.Tanh(), layer).eval())
+    assert net[0] is net[2] and isinstance(net[0], DFPLinear) and not net[0].training

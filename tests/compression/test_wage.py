@@ -222,3 +222,11 @@ def test_worst_case_sums_are_exact_and_larger_ones_refused():
 def test_bad_input(bad):
     with pytest.raises(ValueError, match="got"):
         bad()
+
+
+def test_a_diverged_training_is_reported():
+    with pytest.raises(ValueError, match="finite gradient"):
+        quantize_gradient(torch.tensor([float("nan"), 1.0]), 1)
+    layer = WAGELinear(3, 2, activation=False)
+    with pytest.raises(ValueError, match="diverged"):
+        (layer(torch.ones(1, 3, requires_grad=True)) * float("nan")).sum().backward()

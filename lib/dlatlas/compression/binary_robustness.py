@@ -11,7 +11,8 @@ Equations: a latent weight $w$ stands behind each bit,
 $$w_b = \mathrm{sign}(w), \qquad \text{or drawn:} \quad P(w_b = +1) = \min\big(\max(\tfrac{w + 1}{2}, 0), 1\big),$$
 
 and layer $l$ computes $z_l = s_l\, (w_b * h_{l-1})$, $h_l = \mathrm{sign}(z_l)$ with one learned scalar $s_l > 0$. Without the scalars the decisions are
-the same, but logits reach the number of inputs of a unit; the softmax $p$ saturates, and $\nabla_z \ell = p - e_y$ is zero in 32 bits.
+the same, but sums reach the number of inputs of a unit: the softmax $p$ saturates, so that many gradients $p - e_y$ fall below $10^{-12}$, and in hidden
+layers the window of the substitute below is almost never open.
 A backward pass through $h = \mathrm{sign}(z)$ multiplies the gradient by one of
 
 $$1\{|z| \le 1\} \;\text{(clipped)}, \qquad 1 - \tanh^2 z \;\text{(tanh)}, \qquad 1 \;\text{(identity)}.$$

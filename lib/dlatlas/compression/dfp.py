@@ -241,6 +241,8 @@ class DFPConv2d(nn.Conv2d):
 def convert(model: nn.Module, bits: int = 16) -> nn.Module:
     """Replace every `Linear` and `Conv2d` by its integer twin with the same parameters, in place; returns the model.
 
+    A layer that is used in several places has one twin. If `model` itself is such a layer, its twin is returned.
+
     Args:
         model: plain layers, without groups or dilation.
         bits: of weights, inputs and gradients, 2 to 16.
@@ -248,19 +250,28 @@ def convert(model: nn.Module, bits: int = 16) -> nn.Module:
     Raises:
         ValueError: as of the layers.
     """
-    for name, layer in list(model.named_children()):
-        if type(layer) is nn.Linear:
+    twins: dict[int, nn.Module] = {}
+
+    def twin_of(layer: nn.Module) -> nn.Module:
+        if id(layer) in twins:
+            return twins[id(layer)]
+        if isinstance(layer, nn.Linear):
             twin = DFPLinear(layer.in_features, layer.out_features, layer.bias is not None, bits=bits)
-        elif type(layer) is nn.Conv2d:
+        else:
             if layer.groups > 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
                 raise ValueError(f"expected no groups or dilation and zeros as padding, got {layer}")
             sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
             twin = DFPConv2d(*sizes, layer.bias is not None, bits=bits)
-        else:
-            convert(layer, bits)
-            continue
         twin.weight, twin.bias = layer.weight, layer.bias
-        setattr(model, name, twin)
+        twins[id(layer)] = twin.train(layer.training)
+        return twin
+
+    if type(model) in (nn.Linear, nn.Conv2d):
+        return twin_of(model)
+    for parent in list(model.modules()):
+        for name, layer in list(parent._modules.items()):
+            if type(layer) in (nn.Linear, nn.Conv2d):
+                setattr(parent, name, twin_of(layer))
     return model
 
 

@@ -244,9 +244,19 @@ def saved_bytes(function: Callable[[], Tensor]) -> tuple[int, int]:
     return floats, others
 
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.conv1d, torch.conv2d, torch.conv3d}
-_IN_FLOAT32 = {F.batch_norm, torch.batch_norm, F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy}
+_IN_FLOAT32 = {
+    F.batch_norm,
+    torch.batch_norm,
+    F.instance_norm,
+    F.layer_norm,
+    F.rms_norm,
+    F.group_norm,
+    F.softmax,
+    F.log_softmax,
+    F.cross_entropy,
+}
 _IN_FLOAT32 |= {torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax}
 
 

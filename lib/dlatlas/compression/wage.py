@@ -91,11 +91,13 @@ def quantize_gradient(g: Tensor, lr: float, bits: int = 8, generator: torch.Gene
         stochastic: False rounds to the nearest multiple instead, for comparison.
 
     Raises:
-        ValueError: fewer than 2 bits, or a rate that is not a power of two.
+        ValueError: fewer than 2 bits, a rate that is not a power of two, or a gradient that is not finite.
     """
     _check_bits(bits)
     _log2(lr)
     largest = g.abs().max() if g.numel() else torch.zeros(())
+    if not bool(largest.isfinite()):
+        raise ValueError(f"expected a finite gradient, got a largest magnitude of {float(largest)}")
     if largest == 0:
         return torch.zeros_like(g)
     scaled = (lr * g / shift(largest)).abs()
@@ -334,6 +336,8 @@ def _normalized(error: Tensor, bits_e: int, bits_w: int) -> Tensor:
     wide = error * 2.0 ** (bits_e + bits_w - 2)  # undoes the units in which a layer hands on its error
     acc = wide.to(torch.int32)
     largest = float(error.abs().max()) if error.numel() else 0.0
+    if not math.isfinite(largest):
+        raise ValueError(f"expected finite errors, got a largest magnitude of {largest}: the training has diverged")
     if largest == 0:
         return torch.zeros_like(error, dtype=torch.int8)
     if torch.equal(acc.to(wide.dtype), wide):
