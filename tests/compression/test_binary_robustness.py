@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import conv2d
 from torch.nn.utils import parametrize
 
+from dlatlas.compression import binary_robustness
 from dlatlas.compression.binary_robustness import (
     BinaryConvNet,
     ExpectedFirstLayer,
@@ -225,3 +226,28 @@ def test_substitute_learns_the_answers_from_labels():
 def test_bad_input_is_refused(call):
     with pytest.raises(ValueError, match="got"):
         call()
+
+
+def test_the_expected_layer_agrees_with_many_draws_for_nearly_certain_weights(monkeypatch):
+    torch.manual_seed(0)
+    net = BinaryConvNet(4, stochastic_first=True).eval()
+    with torch.no_grad():
+        latent = net.conv1.parametrizations.weight.original
+        latent.copy_(0.9 * latent.sign())
+    x, seen = torch.rand(2, 1, 28, 28), []
+    monkeypatch.setattr(net, "top", lambda h: (seen.append(h), torch.zeros(2, 10))[1])
+    with torch.no_grad():
+        ExpectedFirstLayer(net)(x)
+        drawn = [torch.where(conv2d(2 * x - 1, net.conv1.weight, stride=2) >= 0, 1.0, -1.0) for _ in range(400)]
+    assert (seen[0] - torch.stack(drawn).mean(0)).abs().mean() < 0.06
+
+
+def test_the_transfer_asks_the_source_and_not_the_model(monkeypatch):
+    torch.manual_seed(0)
+    x, y = torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 2, 3])
+    model, source = BinaryConvNet(2).eval(), BinaryConvNet(2, binary=False).eval()
+    targets = []
+    real = binary_robustness.pgd
+    monkeypatch.setattr(binary_robustness, "pgd", lambda net, *args, **kwargs: (targets.append(net), real(net, *args, **kwargs))[1])
+    evaluate_attacks(model, x, y, 0.1, 4, source=source, steps=2, queries=2, rescale=False)
+    assert len(targets) == 2 and targets[0] is model and targets[1] is source
