@@ -256,12 +256,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, caption: str, name: str = "") ->
     except ImportError:
         print(text_table(columns, plain))
         return
-    head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(_cell(row[c], first=c == columns[0]) for c in columns) + "</tr>" for row in plain)
-    markup = (
-        f"<table class='dlatlas-table'><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    )
-    bundle = {"text/plain": text_table(columns, plain), "text/html": f"<div class='dlatlas-scroll'>{markup}</div>"}
+    bundle = {"text/plain": text_table(columns, plain), "text/html": html_table(columns, plain, caption)}
     display(bundle | {TABLE_MIME: {"name": name, "caption": caption, "columns": columns, "rows": plain}}, raw=True)
 
 
@@ -291,6 +286,16 @@ def _cell(value: Any, *, first: bool) -> str:
     if first:
         return f"<th scope='row'>{text}</th>"
     return f"<td{'' if isinstance(value, str) else ' class=number'}>{text}</td>"
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], caption: str) -> str:
+    """Rows as an HTML table that scrolls sideways where it must."""
+    head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(_cell(row[c], first=c == columns[0]) for c in columns) + "</tr>" for row in rows)
+    return (
+        f"<div class='dlatlas-scroll'><table class='dlatlas-table'><caption>{html.escape(caption)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -150,3 +150,44 @@ def test_the_table_of_all_papers_filters(html, desktop):
     page.locator("select[data-filter=part]").select_option("theory")
     assert rows.count() == sum(paper.part == "theory" for paper in catalog.papers().values())
     assert not desktop.faults
+
+
+def test_the_map_answers_to_search_pointer_and_keys(html, desktop):
+    page = desktop.open(html / "map.html")
+    told = page.locator(".dlatlas-map-told")
+    assert page.locator(".dlatlas-dot:not(.dlatlas-faint)").count() == len(catalog.papers())
+    page.locator(".dlatlas-filter input").fill("amsgrad")
+    assert page.locator(".dlatlas-dot:not(.dlatlas-faint)").count() == 1
+    assert "AMSGrad" in told.inner_text()
+    page.locator(".dlatlas-filter input").fill("")
+    dot = page.locator('[data-key="miyato2018spectral"]:not(tr)')
+    dot.scroll_into_view_if_needed()
+    dot.hover()
+    assert "Spectral Normalization for Generative Adversarial Networks" in told.inner_text()
+    page.locator("[data-edges=chapter]").check()
+    assert page.locator(".dlatlas-map-edges line").count() >= 9
+    # One stop for the tabulator; the arrow keys go on from there, Enter opens the page.
+    assert page.locator(".dlatlas-dot[tabindex='0']").count() == 1
+    dot.focus()
+    page.keyboard.press("ArrowUp")
+    key = page.evaluate("document.activeElement.dataset.key")
+    assert key != "miyato2018spectral"
+    assert catalog.papers()[key].title in told.inner_text()
+    page.keyboard.press("Enter")
+    page.wait_for_function("!location.href.includes('map.html')")
+    assert not desktop.faults
+
+
+def test_a_tap_on_the_map_tells_and_a_second_opens(html, browser):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, offline=True)
+    page = Watched(context).open(html / "map.html")
+    dot = page.locator('[data-key="miyato2018spectral"]:not(tr)')
+    dot.scroll_into_view_if_needed()
+    box = dot.bounding_box()
+    place = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.touchscreen.tap(*place)
+    assert "map.html" in page.url
+    assert "Spectral" in page.locator(".dlatlas-map-told").inner_text()
+    page.touchscreen.tap(*place)
+    page.wait_for_function("!location.href.includes('map.html')")
+    context.close()

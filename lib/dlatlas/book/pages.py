@@ -25,8 +25,10 @@ import yaml
 from dlatlas import catalog
 from dlatlas.book import docs, ledger
 from dlatlas.claims import Claim
+from dlatlas.plot import html_table
 
 esc = html.escape
+REFERENCE = ("map", "ledger", "arenas", "status", "bibliography")
 WIDE = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n"
 
 
@@ -44,6 +46,7 @@ class Executed:
     claims: tuple[dict[str, Any], ...]
     record: dict[str, Any]
     labels: frozenset[str]
+    tables: tuple[dict[str, Any], ...]
 
     @property
     def page(self) -> str:
@@ -129,7 +132,8 @@ def _executed(root: Path, source: Path, name: str) -> Executed:
     text = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
     labels = frozenset(re.findall(r"^\(([^)\s]+)\)=\s*$", text, flags=re.M))
     prerequisites = tuple(front.get("prerequisites") or ())
-    return Executed(catalog.chapters()[name], str(front.get("question", "")).strip(), prerequisites, claims, record, labels)
+    question, tables = str(front.get("question", "")).strip(), tuple(ledger.tables(notebook))
+    return Executed(catalog.chapters()[name], question, prerequisites, claims, record, labels, tables)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -517,6 +521,28 @@ def _ledger_row(book: Book, row: dict[str, Any]) -> str:
     )
 
 
+# --- arenas -----------------------------------------------------------------------------------------------------------
+
+
+def arenas_page(book: Book) -> str:
+    """The comparisons of all methods of a chapter, gathered."""
+    out = [
+        WIDE + "(arenas)=\n# Arenas",
+        "Every chapter ends by putting its methods side by side: the same data, the same budget, one table. Here they all are. A figure with ± is "
+        "the mean and the standard deviation over paired runs. What a table does and does not show is said beside it in its chapter.",
+    ]
+    for chapter in book.chapters.values():
+        tables = [table for table in chapter.tables if table["name"] == "side-by-side"]
+        if tables:
+            out.append(f"## {docs.escape(chapter.chapter.title)}")
+            facts = [a(link("arenas", chapter.page), "Read the chapter", "dlatlas-go"), f"{esc(book.profile)} profile"]
+            markup = [f"<p class=dlatlas-question>{esc(chapter.question)}</p>", f"<p class=dlatlas-facts>{' · '.join(facts)}</p>"]
+            out.append(raw("\n".join(markup + [html_table(t["columns"], t["rows"], t["caption"]) for t in tables])))
+    if len(out) == 2:
+        out.append("No chapter of this build has one yet.")
+    return "\n\n".join(out) + "\n"
+
+
 # --- status and bibliography ------------------------------------------------------------------------------------------
 
 
@@ -578,6 +604,7 @@ def generate(book: Book, skeleton: dict[str, Any]) -> dict[str, str]:
     out |= {f"parts/{slug}.md": part_page(book, part) for slug, part in catalog.parts().items()}
     return out | {
         "ledger.md": ledger_page(book),
+        "arenas.md": arenas_page(book),
         "status.md": status_page(book),
         "bibliography.md": bibliography_page(),
         "references.bib": catalog.references_bib(),
@@ -601,7 +628,7 @@ def toc(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
             else:
                 sections += papers
         atlas.append({"file": f"parts/{slug}", **({"sections": sections} if sections else {})})
-    reference = [{"file": name} for name in ("ledger", "status", "bibliography")]
+    reference = [{"file": name} for name in REFERENCE]
     return {
         "format": "jb-book",
         "root": skeleton["root"],
@@ -632,9 +659,9 @@ def extension_data(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
             for before, page, after in zip([home, *papers], papers, [*papers[1:], None]):
                 source = catalog.papers()[page.removeprefix("papers/")].source
                 pages[page] = {"source": source, "prev": before, **({"next": after} if after else {}), "up": home}
-    # The ledger has no source of its own: it is gathered from the chapters.
-    pages |= {"status": {"source": "lib/dlatlas/catalog.yml"}, "bibliography": {"source": "lib/dlatlas/catalog.yml"}}
-    order += ["ledger", "status", "bibliography"]
+    # Ledger and arenas have no source of their own: they are gathered from the chapters.
+    pages |= {name: {"source": "lib/dlatlas/catalog.yml"} for name in ("map", "status", "bibliography")}
+    order += REFERENCE
     for before, page, after in zip([None, *order], order, [*order[1:], None]):
         pages.setdefault(page, {})
         pages[page] |= {"prev": before, "next": after}

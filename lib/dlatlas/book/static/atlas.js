@@ -28,6 +28,7 @@ document.addEventListener("DOMContentLoaded", () => {
         const own = [...body.rows].filter((row) => !row.classList.contains("dlatlas-group"));
         body.hidden = own.length > 0 && own.every((row) => row.hidden);
       }
+      table.dispatchEvent(new CustomEvent("filtered", { bubbles: true }));
       told.textContent = shown === rows.length ? `${rows.length} rows` : `${shown} of ${rows.length} rows`;
     };
     form.addEventListener("input", apply);

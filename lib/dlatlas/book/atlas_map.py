@@ -1,0 +1,231 @@
+"""The map of the field: every paper a point, near to what its description resembles.
+
+Positions come from words alone. The descriptions (method, title, chapter, part, and the idea where the method is implemented) become
+TF-IDF vectors, and t-SNE on their cosine distances lays them out. It starts from the chapters on a circle, in the order of the
+book, without early exaggeration and with large neighbourhoods: so the same book gives the same map, and one more paper moves the
+others little. Relations come from the library's imports.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
+
+from dlatlas import catalog
+from dlatlas.book import docs
+from dlatlas.book.pages import WIDE, Book, a, authors, count, data_row, esc, filters, held, link, raw
+
+__all__ = ["describe", "layout", "map_page", "relations", "spread_out"]
+
+WIDTH, HEIGHT, MARGIN, RADIUS = 1000.0, 760.0, 30.0, 7.0
+# One colour a part, in the book's order; each has at least 3:1 against the page in light and in dark.
+COLORS = ("#2f7fc1", "#d55e00", "#199e77", "#b45fb0", "#a67c00", "#7a7f87", "#d1495b", "#0f8f9f", "#7b6fd0", "#6a8a2a")
+
+
+def describe(root: Path, row: catalog.Paper) -> str:
+    """The words by which a paper is placed."""
+    chapter = catalog.chapters()[row.chapter]
+    named = f"{row.method} {row.title} " * 2  # its own words count twice beside those that it shares with its neighbours
+    return f"{named}{chapter.title} {catalog.parts()[row.part].title} {_idea(root, row)}"
+
+
+def _idea(root: Path, row: catalog.Paper) -> str:
+    path = root / row.source
+    return docs.first_paragraph(docs.read(path).doc.partition("\n\n")[2]) if path.is_file() else ""
+
+
+def layout(documents: Sequence[str], chapters: Sequence[str]) -> np.ndarray:
+    """Positions ``[n, 2]`` between 0 and 1 on the longer axis, similar documents near to each other.
+
+    Args:
+        documents: one text a point.
+        chapters: the chapter's id of each point; it says where the point starts from.
+
+    Raises:
+        ValueError: lists of different lengths, fewer than three points, or an unknown chapter.
+    """
+    if len(documents) != len(chapters) or len(documents) < 3:
+        raise ValueError(f"expected as many chapters as documents and at least three, got {len(chapters)} and {len(documents)}")
+    order = {name: i for i, name in enumerate(catalog.chapters())}
+    if unknown := sorted(set(chapters) - order.keys()):
+        raise ValueError(f"no chapters {unknown} in the catalogue")
+    vectors = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(documents)
+    around = 2 * np.pi * np.array([order[name] for name in chapters]) / len(order)
+    # Points of one chapter start side by side; where, depends on their own first words only.
+    aside = np.array([float(zlib.crc32(text[:40].encode())) for text in documents])
+    start = 20 * np.stack([np.cos(around), np.sin(around)], 1) + 0.2 * np.stack([np.cos(aside), np.sin(aside)], 1)
+    tsne = TSNE(
+        metric="cosine",
+        init=start,
+        perplexity=min(50.0, (len(documents) - 1) / 3),
+        early_exaggeration=1.0,
+        learning_rate=50.0,
+        max_iter=300,
+        random_state=0,
+    )
+    points = tsne.fit_transform(vectors)
+    points = points - points.min(0)
+    return points / points.max()
+
+
+def spread_out(points: np.ndarray, distance: float, rounds: int = 60) -> np.ndarray:
+    """The points moved apart, in `rounds` small steps, until hardly any two are nearer than `distance`."""
+    points = np.array(points, dtype=float)
+    for _ in range(rounds):
+        near = NearestNeighbors(radius=distance).fit(points).radius_neighbors_graph(points, mode="distance").tocoo()
+        first, second, gap = near.row, near.col, near.data
+        pair = first < second
+        if not pair.any():
+            break
+        first, second, gap = first[pair], second[pair], gap[pair]
+        apart = points[first] - points[second]
+        apart[gap == 0] = (1.0, 0.0)
+        push = apart / np.maximum(np.linalg.norm(apart, axis=1), 1e-9)[:, None] * (distance - gap)[:, None] / 2
+        np.add.at(points, first, push)
+        np.add.at(points, second, -push)
+    return points
+
+
+def relations(root: Path, rows: Mapping[str, catalog.Paper]) -> dict[str, dict[str, list[str]]]:
+    """What the modules import: for each key ``builds`` (keys of other papers) and ``parts`` (shared components, as module names)."""
+    by_module = {row.module: key for key, row in rows.items()}
+    found = {}
+    for key, row in rows.items():
+        imported = _imports(root / row.source)
+        builds = sorted({by_module[name] for name in imported if name in by_module} - {key})
+        shared = sorted(name.removeprefix("dlatlas.") for name in imported if re.match(r"dlatlas\.(\w+\.)?kit\.", name))
+        found[key] = {"builds": builds, "parts": shared}
+    return found
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules that a file imports; of ``from a import b`` both ``a`` and ``a.b``, as b may be a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+STATES = {"holds": "every claim holds", "fails": "a claim does not hold here", "done": "implemented", "planned": "not built yet"}
+
+
+def _state(book: Book, key: str) -> str:
+    if key not in book.implemented:
+        return "planned"
+    rows = book.claims_of(key)
+    if not rows:
+        return "done"
+    return "holds" if all(row["holds"] for row in rows) else "fails"
+
+
+def map_page(book: Book) -> str:
+    """The map as a drawing whose points are links, with the same papers as a table below it."""
+    rows = list(catalog.papers().values())
+    places = layout([describe(book.root, row) for row in rows], [row.chapter for row in rows])
+    places = places * ((WIDTH - 2 * MARGIN) / places.max(0)[0], (HEIGHT - 2 * MARGIN) / places.max(0)[1]) + MARGIN
+    places = spread_out(places, 2.3 * RADIUS).clip(RADIUS + 2, (WIDTH - RADIUS - 2, HEIGHT - RADIUS - 2))
+    states = {row.key: _state(book, row.key) for row in rows}
+    linked = relations(book.root, book.implemented)
+    told = {row.key: _told(book, row, linked.get(row.key)) for row in rows}
+    parts = [(slug, part.title) for slug, part in catalog.parts().items()]
+    menus = {"part": ("Part", parts), "state": ("State", list(STATES.items()))}
+    edges = "".join(
+        f'<label><input type="checkbox" data-edges="{name}"{" checked" if name == "builds" else ""}> {text}</label>'
+        for name, text in (("builds", "builds on"), ("parts", "shares a component"), ("chapter", "compared in the same chapter"))
+    )
+    intro = (
+        f"{len(rows)} papers, each a point; the nearer, the more alike are their descriptions. The colour is the part of the book, the shape the "
+        "state: a disc is a method whose claims all hold in this build, a diamond one with a claim that does not hold here, a ring is not built "
+        "yet. Point at one to read what it does, or move with the arrow keys; a click opens its page. The table below the map holds the same papers."
+    )
+    drawing = (
+        f'<div class="dlatlas-map"><div class="dlatlas-scroll"><svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="group" '
+        f'aria-label="Map of {len(rows)} papers, coloured by part of the book; the table below lists the same papers">'
+        f'<g class="dlatlas-map-edges"></g>\n{_dots(book, rows, places, states)}\n{_labels(rows, places)}</svg></div>'
+        f'<div class="dlatlas-map-tools" hidden><span>Lines of the chosen paper:</span> {edges}</div>'
+        '<div class="dlatlas-map-told" aria-live="polite"></div>'
+        f'<script type="application/json" class="dlatlas-map-data">{_json(told)}</script></div>'
+    )
+    search = filters("map-table", text="Find a method, a title, an author", choices=menus)
+    return "\n\n".join([WIDE + "(map)=\n# Map of the field", intro, raw(f"{search}\n{drawing}\n{_table(book, rows, states)}")]) + "\n"
+
+
+def _json(value: Any) -> str:
+    # "</" would end the script.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+
+
+def _told(book: Book, row: catalog.Paper, linked: Mapping[str, list[str]] | None) -> dict[str, Any]:
+    sentence = re.split(r"(?<=[a-z)\]][.:]) (?=[A-Z])", " ".join(_idea(book.root, row).split()))[0]
+    found: dict[str, Any] = {"method": row.method, "title": row.title, "chapter": row.chapter}
+    if sentence and "$" not in sentence:
+        found["does"] = sentence.replace("`", "")
+    if claims := book.claims_of(row.key):
+        found["claims"] = held(claims)
+    return found | {name: values for name, values in (linked or {}).items() if values}
+
+
+def _address(book: Book, row: catalog.Paper) -> str:
+    return link("map", f"papers/{row.key}") if row.key in book.implemented else link("map", "status", row.key)
+
+
+def _dots(book: Book, rows: Sequence[catalog.Paper], places: np.ndarray, states: Mapping[str, str]) -> str:
+    color = dict(zip(catalog.parts(), COLORS, strict=True))
+    out = []
+    for row, (x, y) in zip(rows, places):
+        if states[row.key] == "fails":
+            side = RADIUS * 1.25
+            shape = f'<path d="M{x:.1f} {y - side:.1f}l{side:.1f} {side:.1f}l-{side:.1f} {side:.1f}l-{side:.1f} -{side:.1f}z"/>'
+        else:
+            shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS:.0f}"/>'
+        label = esc(f"{row.method}: {row.title} ({STATES[states[row.key]]})")
+        out.append(
+            f'<a href="{esc(_address(book, row))}" class="dlatlas-dot dlatlas-dot-{states[row.key]}" data-key="{row.key}" '
+            f'style="--dot:{color[row.part]}" aria-label="{label}">{shape}</a>'
+        )
+    return "\n".join(out)
+
+
+def _labels(rows: Sequence[catalog.Paper], places: np.ndarray) -> str:
+    """The parts' names above their points."""
+    out = []
+    for slug in catalog.parts():
+        own = places[[row.part == slug for row in rows]]
+        name = catalog.parts()[slug].title.split(" and ")[0].split(",")[0]
+        half = 5.2 * len(name)  # about half of the word's width
+        x = np.median(own[:, 0]).clip(half, WIDTH - half)
+        y = max(np.quantile(own[:, 1], 0.04) - 1.6 * RADIUS, 18.0)
+        out.append(f'<text x="{x:.0f}" y="{y:.0f}" aria-hidden="true">{esc(name)}</text>')
+    return "\n".join(out)
+
+
+def _table(book: Book, rows: Sequence[catalog.Paper], states: Mapping[str, str]) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Method", "Paper", "Chapter", "State"))
+    body = "\n".join(
+        data_row(part=row.part, state=states[row.key], key=row.key) + f'<th scope="row">{a(_address(book, row), esc(row.method))}</th>'
+        f'<td>{esc(row.title)}<div class="dlatlas-small">{esc(authors(row, 4))}</div></td>'
+        f"<td>{esc(catalog.chapters()[row.chapter].title)}</td><td>{_said(book, row, states[row.key])}</td></tr>"
+        for row in rows
+    )
+    caption = f"<caption>The {count(len(rows), 'paper')} of the map, in the order of the book</caption>"
+    return f'<div class="dlatlas-scroll"><table class="dlatlas-table" id="map-table">{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _said(book: Book, row: catalog.Paper, state: str) -> str:
+    claims = book.claims_of(row.key)
+    return esc(held(claims)) if claims else STATES[state]
