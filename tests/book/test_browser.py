@@ -191,3 +191,14 @@ def test_a_tap_on_the_map_tells_and_a_second_opens(html, browser):
     page.touchscreen.tap(*place)
     page.wait_for_function("!location.href.includes('map.html')")
     context.close()
+
+
+def test_the_ledger_sorts_by_a_column(html, desktop):
+    page = desktop.open(html / "ledger.html")
+    column = page.locator("#ledger-table tbody td:nth-child(1)")
+    page.locator("#ledger-table thead button").first.click()
+    upwards = column.all_inner_texts()
+    page.locator("#ledger-table thead button").first.click()
+    assert column.all_inner_texts() == upwards[::-1]
+    assert page.locator("#ledger-table th[aria-sort=descending]").count() == 1
+    assert not desktop.faults

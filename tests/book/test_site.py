@@ -125,13 +125,14 @@ def test_an_unknown_name_in_a_hand_written_page_is_refused(small_book, small_sit
         source.write_text(original)
 
 
-def test_dead_links_and_requests_to_other_hosts_are_found(tmp_path):
+def test_dead_links_requests_to_other_hosts_and_misunderstood_markup_are_found(tmp_path):
     (tmp_path / "a.html").write_text(
         '<h1 id="top">A</h1><a href="b.html#here">1</a><a href="b.html#gone">2</a><a href="c.html">3</a><a href="#top">4</a>'
         '<a href="https://example.org">5</a><script src="https://cdn.example.org/x.js"></script><img src="none.png">'
         '<link rel="stylesheet" href="//fonts.example.org/f.css">'
     )
     (tmp_path / "b.html").write_text('<p id="here">B</p>')
+    (tmp_path / "d.html").write_text("<pre>## Cite\n```{raw} html\n</pre>")
     found = sorted(faults_of(tmp_path))
     assert found == [
         "a.html links to b.html#gone: no such place on that page",
@@ -139,6 +140,7 @@ def test_dead_links_and_requests_to_other_hosts_are_found(tmp_path):
         "a.html links to none.png, which does not exist",
         "a.html loads //fonts.example.org/f.css from another host",
         "a.html loads https://cdn.example.org/x.js from another host",
+        "d.html shows ```{raw} html as text: a fence around it was not understood",
     ]
 
 
@@ -162,3 +164,24 @@ def test_the_build_command_explains_itself_outside_a_checkout(tmp_path):
         done = subprocess.run([sys.executable, "-m", module], cwd=tmp_path / "site", capture_output=True, text=True)
         assert done.returncode == 2
         assert "run this in a checkout" in done.stderr
+
+
+def test_tracks_name_papers_of_the_catalogue_and_say_what_is_built(small_site, small_book):
+    text = page(small_site, "tracks")
+    assert 'href="chapters/gans/critics.html#miyato2018spectral"' in text
+    assert "chapter not built yet" in text
+    assert re.search(r"after Optimisers \(not built yet\).*\d+ min to read, runs in \d+ s", text)
+    source = small_book / "book/tracks.yml"
+    original = source.read_text()
+    try:
+        source.write_text("- {title: Nowhere, for: nobody, steps: [[unheard2018of, why]]}\n")
+        with pytest.raises(SiteError, match=r"'Nowhere' names unheard2018of"):
+            site.build(small_book)
+    finally:
+        source.write_text(original)
+
+
+def test_arenas_gather_the_comparisons_of_the_chapters(small_site):
+    text = page(small_site, "arenas")
+    assert "Does the machinery work?" in text
+    assert "<caption>Errors</caption>" in text and "0.15 ± 0.07071" in text

@@ -102,7 +102,7 @@ def _buttons(app: Sphinx, known: dict[str, Any], context: dict[str, Any]) -> Non
 
 def _facts(app: Sphinx, page: str, known: dict[str, Any]) -> str:
     """The line under a chapter's title."""
-    facts = [f"{known['papers']} papers", known["claims"], f"runs in {seconds(known['record']['seconds'])}"]
+    facts = [f"{known['papers']} papers", known["claims"], f"{known['reading']} to read", f"runs in {seconds(known['record']['seconds'])}"]
     if known["prerequisites"]:
         titles = catalog.chapters()
         names = [

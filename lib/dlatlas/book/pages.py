@@ -24,11 +24,13 @@ import yaml
 
 from dlatlas import catalog
 from dlatlas.book import docs, ledger
+from dlatlas.book.field import describe, nearest, relations
 from dlatlas.claims import Claim
 from dlatlas.plot import html_table
 
 esc = html.escape
-REFERENCE = ("map", "ledger", "arenas", "status", "bibliography")
+WORDS_A_MINUTE = 200
+REFERENCE = ("map", "tracks", "ledger", "arenas", "status", "bibliography")
 WIDE = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n"
 
 
@@ -47,6 +49,7 @@ class Executed:
     record: dict[str, Any]
     labels: frozenset[str]
     tables: tuple[dict[str, Any], ...]
+    words: int
 
     @property
     def page(self) -> str:
@@ -85,6 +88,23 @@ class Book:
     def implemented(self) -> dict[str, catalog.Paper]:
         """Papers whose module is in the library of this checkout."""
         return {key: p for key, p in catalog.papers().items() if (self.root / p.source).is_file()}
+
+    @cached_property
+    def descriptions(self) -> dict[str, str]:
+        """The words that describe each paper."""
+        return {key: describe(self.root, row) for key, row in catalog.papers().items()}
+
+    @cached_property
+    def nearest(self) -> dict[str, list[catalog.Paper]]:
+        """The papers whose descriptions resemble each paper's most."""
+        rows = list(catalog.papers().values())
+        found = nearest(list(self.descriptions.values()), 5)
+        return {row.key: [rows[i] for i in others] for row, others in zip(rows, found)}
+
+    @cached_property
+    def relations(self) -> dict[str, dict[str, list[str]]]:
+        """What the modules of the implemented papers import: ``builds`` and ``parts``."""
+        return relations(self.root, self.implemented)
 
     @cached_property
     def claims(self) -> list[dict[str, Any]]:
@@ -133,7 +153,8 @@ def _executed(root: Path, source: Path, name: str) -> Executed:
     labels = frozenset(re.findall(r"^\(([^)\s]+)\)=\s*$", text, flags=re.M))
     prerequisites = tuple(front.get("prerequisites") or ())
     question, tables = str(front.get("question", "")).strip(), tuple(ledger.tables(notebook))
-    return Executed(catalog.chapters()[name], question, prerequisites, claims, record, labels, tables)
+    words = len(re.findall(r"[^\W\d_]{2,}", text))
+    return Executed(catalog.chapters()[name], question, prerequisites, claims, record, labels, tables, words)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -218,6 +239,11 @@ def seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 90 else f"{value / 60:.0f} min"
 
 
+def minutes(words: int) -> str:
+    """Time to read so many words of technical prose: "35 min"."""
+    return f"{max(1, round(words / WORDS_A_MINUTE))} min"
+
+
 def filters(table: str, *, text: str, choices: Mapping[str, tuple[str, list[tuple[str, str]]]]) -> str:
     """Search field and menus for a table; they stay hidden where scripts do not run."""
     menus = "".join(
@@ -257,10 +283,12 @@ def paper_page(book: Book, row: catalog.Paper) -> str:
         out += ["## How it is done here", docs.to_myst(rest, level=3)]
     out += ["## In code", _api(row, module)]
     out += [
-        f"````{{dropdown}} Source: `{row.source}`, {module.lines} lines\n:class-container: dlatlas-source\n\n"
-        f"```{{literalinclude}} /{row.source}\n:language: python\n:linenos:\n```\n````"
+        # Colons: a fence of backticks may have none in its title.
+        f"::::{{dropdown}} Source: `{row.source}`, {module.lines} lines\n:class-container: dlatlas-source\n\n"
+        f"```{{literalinclude}} /{row.source}\n:language: python\n:linenos:\n```\n::::"
     ]
     out += ["## Cite the paper", f"```bibtex\n{row.bibtex.strip()}\n```"]
+    out += ["## Related", raw(_related(book, row, here))]
     related = [p for p in catalog.chapters()[row.chapter].papers if p.key != row.key]
     if related:
         out += ["## In the same chapter", raw(_papers_table(book, related, here))]
@@ -303,6 +331,22 @@ def _measured(book: Book, row: catalog.Paper, claims: list[dict[str, Any]], here
         card = Claim(record)._repr_html_().removesuffix("</div>")
         cards.append(card + "".join(f"<p class='dlatlas-note'>{_sentence(note)}</p>" for note in notes) + "</div>")
     return "\n".join(cards)
+
+
+def _related(book: Book, row: catalog.Paper, here: str) -> str:
+    """What the method builds on, what builds on it, the parts that it shares, and the papers that resemble it."""
+    papers, own = catalog.papers(), book.relations[row.key]
+    users = [key for key, other in book.relations.items() if row.key in other["builds"]]
+    sharing = [key for key, other in book.relations.items() if key != row.key and set(other["parts"]) & set(own["parts"])]
+    facts = {
+        "Builds on": [_method(book, papers[key], here) for key in own["builds"]],
+        "Used by": [_method(book, papers[key], here) for key in users],
+        "Made with": [external(f"{book.repository}/blob/{book.branch}/lib/dlatlas/{n.replace('.', '/')}.py", n) for n in own["parts"]],
+        "Shares these with": [_method(book, papers[key], here) for key in sharing],
+        "Described most alike": [_method(book, other, here) for other in book.nearest[row.key]],
+    }
+    lines = [f"<dt>{name}</dt><dd>{', '.join(values)}</dd>" for name, values in facts.items() if values]
+    return f'<dl class="dlatlas-related">{"".join(lines)}</dl>\n<p>{a(link(here, "map"), "See it on the map")}</p>'
 
 
 def _sentence(text: str) -> str:
@@ -477,7 +521,7 @@ def ledger_page(book: Book) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "Measured", "Null", "Verdict", "Paper", "Chapter", "Profile"))
     body = "\n".join(_ledger_row(book, row) for row in rows)
     table = (
-        f'<div class="dlatlas-scroll"><table class="dlatlas-table dlatlas-ledger" id="ledger-table"><thead><tr>{head}</tr></thead>'
+        f'<div class="dlatlas-scroll"><table class="dlatlas-table dlatlas-sortable" id="ledger-table"><thead><tr>{head}</tr></thead>'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
     menus = {
@@ -543,6 +587,62 @@ def arenas_page(book: Book) -> str:
     return "\n\n".join(out) + "\n"
 
 
+# --- tracks -----------------------------------------------------------------------------------------------------------
+
+
+def tracks_page(book: Book) -> str:
+    """The reading paths of ``book/tracks.yml``, and which chapter asks to be read after which.
+
+    Raises:
+        SiteError: the file is not a list of tracks, or a step names no paper of the catalogue.
+    """
+    path = book.root / "book" / "tracks.yml"
+    tracks = yaml.safe_load(path.read_text(encoding="utf-8"))
+    out = [
+        "(tracks)=\n# Tracks",
+        "Paths through the book for one purpose each. A step is a section of minutes; what is not built yet is said, so that you can skip it.",
+    ]
+    for track in tracks:
+        out += [f"## {docs.escape(track['title'])}", docs.escape(track["for"])]
+        keys = [key for key, _ in track["steps"]]
+        if unknown := [key for key in keys if key not in catalog.papers()]:
+            raise SiteError(f"{path}: the track {track['title']!r} names {', '.join(unknown)}, which the catalogue does not hold")
+        steps = "".join(_step(book, catalog.papers()[key], reason) for key, reason in track["steps"])
+        out.append(raw(f'<ol class="dlatlas-track">{steps}</ol>'))
+    out += ["## What to read before", raw(_prerequisites(book))]
+    return "\n\n".join(out) + "\n"
+
+
+def _step(book: Book, row: catalog.Paper, reason: str) -> str:
+    executed = book.chapters.get(row.chapter)
+    if executed is None:
+        name, state = _method(book, row, "tracks"), '<span class="dlatlas-state">chapter not built yet</span>'
+    else:
+        anchor = row.key if row.key in executed.labels else ""
+        name = a(link("tracks", executed.page, anchor), esc(row.method))
+        state = f'<span class="dlatlas-small">{held(claims)}</span>' if (claims := book.claims_of(row.key)) else ""
+    where = esc(catalog.chapters()[row.chapter].title)
+    return f'<li>{name}. {esc(reason)} <span class="dlatlas-small">{where}.</span> {state}</li>'
+
+
+def _prerequisites(book: Book) -> str:
+    """The chapters of this build as a list, each with what it asks to be read first."""
+    items = []
+    for name, executed in book.chapters.items():
+        before = [
+            a(link("tracks", f"chapters/{other}"), esc(catalog.chapters()[other].title))
+            if other in book.chapters
+            else f"{esc(catalog.chapters()[other].title)} (not built yet)"
+            for other in executed.prerequisites
+        ]
+        asks = f"after {', '.join(before)}" if before else "can be read first"
+        times = f"{minutes(executed.words)} to read, runs in {seconds(executed.record.get('seconds') or 0)}"
+        items.append(
+            f"<li>{a(link('tracks', f'chapters/{name}'), esc(executed.chapter.title))}: {asks} <span class=dlatlas-small>{times}</span></li>"
+        )
+    return f"<ul>{''.join(items)}</ul>" if items else "<p>No chapter of this build yet.</p>"
+
+
 # --- status and bibliography ------------------------------------------------------------------------------------------
 
 
@@ -603,6 +703,7 @@ def generate(book: Book, skeleton: dict[str, Any]) -> dict[str, str]:
     out = {f"papers/{key}.md": paper_page(book, row) for key, row in book.implemented.items()}
     out |= {f"parts/{slug}.md": part_page(book, part) for slug, part in catalog.parts().items()}
     return out | {
+        "tracks.md": tracks_page(book),
         "ledger.md": ledger_page(book),
         "arenas.md": arenas_page(book),
         "status.md": status_page(book),
@@ -661,6 +762,7 @@ def extension_data(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
                 pages[page] = {"source": source, "prev": before, **({"next": after} if after else {}), "up": home}
     # Ledger and arenas have no source of their own: they are gathered from the chapters.
     pages |= {name: {"source": "lib/dlatlas/catalog.yml"} for name in ("map", "status", "bibliography")}
+    pages["tracks"] = {"source": "book/tracks.yml"}
     order += REFERENCE
     for before, page, after in zip([None, *order], order, [*order[1:], None]):
         pages.setdefault(page, {})
@@ -690,6 +792,7 @@ def _chapter_data(executed: Executed) -> dict[str, Any]:
         "prerequisites": list(executed.prerequisites),
         "papers": len(executed.chapter.papers),
         "claims": held(list(executed.claims)),
+        "reading": minutes(executed.words),
         "record": {k: record.get(k) for k in ("parameters", "commit", "date", "seconds", "versions")} | _machine(record),
     }
 

@@ -203,10 +203,13 @@ class _Page(HTMLParser):
 
 
 def faults_of(html: Path) -> Iterator[str]:
-    """Links that lead nowhere and resources of other hosts, in every page below `html`."""
-    parsed = {path: _Page(path.read_text(encoding="utf-8")) for path in sorted(html.rglob("*.html")) if "_static" not in path.parts}
+    """Links that lead nowhere, resources of other hosts, and markup that was not understood, in every page below `html`."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(html.rglob("*.html")) if "_static" not in path.parts}
+    parsed = {path: _Page(text) for path, text in texts.items()}
     for path, page in parsed.items():
         where = path.relative_to(html)
+        if directive := re.search(r"(`{3,}|:{3,})\{[\w:-]+\}[^\n]*", texts[path]):
+            yield f"{where} shows {directive[0]} as text: a fence around it was not understood"
         for address in page.loads:
             if re.match(r"(https?:)?//", address):
                 yield f"{where} loads {address} from another host"

@@ -37,3 +37,25 @@ document.addEventListener("DOMContentLoaded", () => {
     apply();
   }
 });
+
+// Columns of the tables that ask for it are sorted by a press on their heads; a second press turns the order round.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const table of document.querySelectorAll("table.dlatlas-sortable")) {
+    const heads = [...table.tHead.rows[0].cells];
+    const body = table.tBodies[0];
+    heads.forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = head.textContent;
+      head.replaceChildren(button);
+      button.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending";
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const order = new Intl.Collator(undefined, { numeric: true });
+        const rows = [...body.rows].sort((p, q) => order.compare(p.cells[column].textContent.trim(), q.cells[column].textContent.trim()));
+        body.append(...(down ? rows.reverse() : rows));
+      });
+    });
+  }
+});

@@ -1,4 +1,4 @@
-"""The map of the field: where the points lie, and what is said of them."""
+"""How papers lie to each other, and the map that shows it."""
 
 import json
 import re
@@ -9,37 +9,37 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from dlatlas import catalog
-from dlatlas.book import atlas_map
+from dlatlas.book import field as near
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def field():
+def whole_field():
     """Descriptions and chapters of all papers, and their places."""
     rows = list(catalog.papers().values())
-    documents, chapters = [atlas_map.describe(ROOT, row) for row in rows], [row.chapter for row in rows]
-    return documents, chapters, atlas_map.layout(documents, chapters)
+    documents, chapters = [near.describe(ROOT, row) for row in rows], [row.chapter for row in rows]
+    return documents, chapters, near.layout(documents, chapters)
 
 
-def test_the_same_book_gives_the_same_map(field):
-    documents, chapters, places = field
+def test_the_same_book_gives_the_same_map(whole_field):
+    documents, chapters, places = whole_field
     assert places.shape == (425, 2)
     assert places.min() == 0 and places.max() == 1
-    np.testing.assert_array_equal(atlas_map.layout(documents, chapters), places)
+    np.testing.assert_array_equal(near.layout(documents, chapters), places)
 
 
 @pytest.mark.parametrize("gone", [7, 333])
-def test_one_paper_more_moves_the_others_little(field, gone):
-    documents, chapters, places = field
-    without = atlas_map.layout(documents[:gone] + documents[gone + 1 :], chapters[:gone] + chapters[gone + 1 :])
+def test_one_paper_more_moves_the_others_little(whole_field, gone):
+    documents, chapters, places = whole_field
+    without = near.layout(documents[:gone] + documents[gone + 1 :], chapters[:gone] + chapters[gone + 1 :])
     moved = np.linalg.norm(without - np.delete(places, gone, 0), axis=1)
     assert np.median(moved) < 0.03
     assert np.quantile(moved, 0.9) < 0.1
 
 
-def test_neighbours_on_the_map_are_alike(field):
-    _, chapters, places = field
+def test_neighbours_on_the_map_are_alike(whole_field):
+    _, chapters, places = whole_field
     near = NearestNeighbors(n_neighbors=5).fit(places).kneighbors(return_distance=False)
     same = np.array(chapters)[near] == np.array(chapters)[:, None]
     assert same.mean() > 0.6  # by chance 0.015
@@ -48,7 +48,7 @@ def test_neighbours_on_the_map_are_alike(field):
 def test_the_words_place_a_point_not_only_its_chapter():
     subjects = ("attention heads translate sentences", "kernel methods bound regret")
     texts = [f"{subject} example {i}" for subject in subjects for i in range(20)]
-    places = atlas_map.layout(texts, ["gans/critics", "nlp/speech"] * 20)
+    places = near.layout(texts, ["gans/critics", "nlp/speech"] * 20)
     first, second = places[:20], places[20:]
     assert np.linalg.norm(first.mean(0) - second.mean(0)) > 2 * max(first.std(0).mean(), second.std(0).mean())
 
@@ -59,16 +59,21 @@ def test_the_words_place_a_point_not_only_its_chapter():
 )
 def test_bad_input_of_the_layout(documents, chapters, message):
     with pytest.raises(ValueError, match=message):
-        atlas_map.layout(documents, chapters)
+        near.layout(documents, chapters)
 
 
 def test_points_are_moved_apart_and_no_farther():
     points = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [50.0, 50.0]])
-    moved = atlas_map.spread_out(points, 4.0)
+    moved = near.spread_out(points, 4.0)
     gaps = np.linalg.norm(moved[:, None] - moved[None], axis=-1) + 1e9 * np.eye(4)
     assert gaps.min() > 3.9
     np.testing.assert_array_equal(moved[3], points[3])
     assert (points[0] == 0).all()  # the argument stays as it was
+
+
+def test_the_nearest_share_the_most_words():
+    found = near.nearest(["cats purr", "dogs bark", "cats purr loudly", "dogs bark loudly"], 2)
+    assert found[:, 0].tolist() == [2, 3, 0, 1]
 
 
 def test_relations_are_the_imports(tmp_path):
@@ -80,10 +85,13 @@ def test_relations_are_the_imports(tmp_path):
     ):
         (tmp_path / row.source).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / row.source).write_text(text)
-    found = atlas_map.relations(tmp_path, {one.key: one, two.key: two})
+    for name in ("gans/kit/nets.py", "kit/metrics.py"):
+        (tmp_path / "lib/dlatlas" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib/dlatlas" / name).touch()
+    found = near.relations(tmp_path, {one.key: one, two.key: two})
     assert found[one.key] == {"builds": [], "parts": []}
     assert found[two.key]["builds"] == [one.key]
-    assert "gans.kit.nets" in found[two.key]["parts"] and "kit.metrics" in found[two.key]["parts"]
+    assert found[two.key]["parts"] == ["gans.kit.nets", "kit.metrics"]
 
 
 def test_the_page_holds_every_paper_as_point_and_as_row(small_site):
