@@ -16,7 +16,7 @@ TORCH_FROM := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-back
 
 export TQDM_DISABLE ?= 1
 
-.PHONY: help env data notebooks book test lint lab chapter serve seeds full bench browser compiler clean distclean
+.PHONY: help env data notebooks book test lint lab chapter student serve seeds full bench browser compiler clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ chapter: env ## execute one chapter: make chapter C=theory/optimizers
 
 lab: env ## open the chapters as notebooks in JupyterLab
 	@TQDM_DISABLE=0 $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/chapters
+
+student: book ## notebooks for a course, without outputs and solutions, in _build/student
+	@$(BIN)/python -m dlatlas.book.site --notebooks _build/student --student
 
 serve: book ## build, then serve the site at http://localhost:8000 (PORT=...)
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/$(PROFILE)/_build/html $(PORT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import html
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from dlatlas import catalog
-from dlatlas.book.pages import a, authors, esc, external, link, paper_links, seconds
+from dlatlas.book.pages import a, authors, esc, exercises_file, external, link, paper_links, seconds
 
 AFTER_THE_THEME = 900
 
@@ -112,6 +113,8 @@ def _facts(app: Sphinx, page: str, known: dict[str, Any]) -> str:
             for name in known["prerequisites"]
         ]
         facts.append("read before: " + ", ".join(names))
+    notebook = os.path.relpath(exercises_file(page.removeprefix("chapters/")), os.path.dirname(page))
+    facts.append(f'<a href="{esc(notebook)}" download>notebook without solutions</a>')
     return f'<p class="dlatlas-facts">{" · ".join(facts)}</p>'
 
 

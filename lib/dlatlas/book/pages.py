@@ -239,6 +239,11 @@ def seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 90 else f"{value / 60:.0f} min"
 
 
+def exercises_file(chapter: str) -> str:
+    """Where the site keeps a chapter's notebook without solutions."""
+    return f"exercises/{chapter.replace('/', '-')}.ipynb"
+
+
 def minutes(words: int) -> str:
     """Time to read so many words of technical prose: "35 min"."""
     return f"{max(1, round(words / WORDS_A_MINUTE))} min"

@@ -17,6 +17,7 @@ from dlatlas.book.probe import LIBRARY
 
 _FENCE = re.compile(r"^(`{3,}|:{3,})\{([\w:-]+)\}[ \t]*(.*?)\n(.*?)^\1[ \t]*$", re.M | re.S)
 _OPTION = re.compile(r"^:([\w-]+):[ \t]*(.*)$")
+_SOLUTION = re.compile(r"^`{3,}\{(solution-start|solution-end)\}[^\n]*\n(?:[^`\n]*\n)*?`{3,}[ \t]*$", re.M)
 GLUE = "application/papermill.record/"
 
 
@@ -29,19 +30,57 @@ def markdown(text: str, glued: Mapping[str, Any]) -> str:
     return re.sub(r"\{(?:ref|doc|numref|eq)\}`(?:([^`<]*?)[ \t]*<[^>]*>|([^`]*))`", lambda m: m[1] or m[2], text)
 
 
-def notebook(executed: Mapping[str, Any]) -> dict[str, Any]:
-    """An executed notebook with plain Markdown cells."""
-    glued = {
+def _glued(executed: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that the notebook's cells kept for its prose."""
+    return {
         output["metadata"]["scrapbook"]["name"]: ast.literal_eval("".join(output["data"][f"{GLUE}text/plain"]))
         for cell in executed["cells"]
         for output in cell.get("outputs", [])
         if "scrapbook" in output.get("metadata", {})
     }
+
+
+def notebook(executed: Mapping[str, Any], glued: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """An executed notebook with plain Markdown cells; `glued` when its outputs no longer hold the values of the prose."""
+    glued = _glued(executed) if glued is None else glued
     cells = [
         {**cell, "source": markdown("".join(cell["source"]), glued)} if cell["cell_type"] == "markdown" else cell
         for cell in executed["cells"]
     ]
     return json.loads(json.dumps({**executed, "cells": cells}))
+
+
+def without_solutions(executed: Mapping[str, Any]) -> dict[str, Any]:
+    """The notebook for a course: no outputs, and an empty cell in the place of each solution."""
+    cells: list[dict[str, Any]] = []
+    inside = False
+    for cell in executed["cells"]:
+        if cell["cell_type"] != "markdown":
+            if not inside:
+                cells.append({**cell, "outputs": [], "execution_count": None} if cell["cell_type"] == "code" else dict(cell))
+            continue
+        kept = []
+        for i, part in enumerate(_SOLUTION.split("".join(cell["source"]))):
+            if part in ("solution-start", "solution-end"):
+                inside = part == "solution-start"
+                if inside:
+                    kept.append("*Your solution:*")
+                    # The text before the solution stays above the empty cell, what follows the solution goes below.
+                    cells += [_text(cell, f"{cell['id']}-{i}", kept), _empty(f"{cell['id']}-answer-{i}")]
+                    kept = []
+            elif not inside and part.strip():
+                kept.append(part.strip("\n"))
+        if kept:
+            cells.append(_text(cell, cell["id"], kept))
+    return notebook({**executed, "cells": cells}, glued=_glued(executed))
+
+
+def _text(cell: Mapping[str, Any], name: str, parts: list[str]) -> dict[str, Any]:
+    return {**cell, "id": name, "source": "\n\n".join(parts)}
+
+
+def _empty(name: str) -> dict[str, Any]:
+    return {"cell_type": "code", "id": name, "metadata": {}, "execution_count": None, "outputs": [], "source": ""}
 
 
 def _directive(name: str, argument: str, body: str) -> str:

@@ -3,7 +3,8 @@
 Sources of the pages go to ``_build/<profile>/src`` at the paths that they have in the site: executed notebooks (the
 runner put them there), hand-written pages of ``book/``, generated pages, and the library, which the pages quote.
 
-    python -m dlatlas.book.site --notebooks DIR     # export the executed notebooks as Colab opens them
+    python -m dlatlas.book.site --notebooks DIR               # export the executed notebooks as Colab opens them
+    python -m dlatlas.book.site --notebooks DIR --student     # for a course: no outputs, no solutions
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def build(root: Path, profile: str = "quick") -> Path:
     stamp.unlink(missing_ok=True)
     shutil.rmtree(base / "_build", ignore_errors=True)
     _sphinx(root, source, base)
-    for name, content in _downloads(book).items():
+    for name, content in _downloads(book, source).items():
         execute.write_atomically(html / name, content)
     if faults := list(faults_of(html)):
         raise SiteError("the site has faults:\n  " + "\n  ".join(faults[:40]))
@@ -132,10 +133,16 @@ def _mathjax() -> Iterator[tuple[str, Path]]:
     return iter(found)
 
 
-def _downloads(book: Book) -> dict[str, str]:
+def _downloads(book: Book, source: Path) -> dict[str, str]:
     """Files beside the pages, for readers to download."""
     rows = pages.ledger_rows(book)
-    return {
+    exercises = {
+        pages.exercises_file(chapter): _installing(
+            portable.without_solutions(ledger.load(source / "chapters" / f"{chapter}.ipynb")), book.repository
+        )
+        for chapter in book.chapters
+    }
+    return exercises | {
         "references.bib": catalog.references_bib(),
         "ledger.json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n",
         "ledger.csv": pages.ledger_csv(rows),
@@ -227,10 +234,24 @@ def faults_of(html: Path) -> Iterator[str]:
 # --- notebooks for Colab ----------------------------------------------------------------------------------------------
 
 
-def notebooks(root: Path, out: Path, profile: str = "quick") -> list[Path]:
-    """Write the executed notebooks to ``out/chapters/...``, in plain Markdown, with a first cell that installs the library."""
-    config = _config(root)
-    install = f"%pip install -q git+{config['repository']['url']}"
+def notebooks(root: Path, out: Path, profile: str = "quick", *, student: bool = False) -> list[Path]:
+    """Write the executed notebooks to ``out/chapters/...``, in plain Markdown, with a first cell that installs the library.
+
+    With `student` they have neither outputs nor solutions.
+    """
+    form = portable.without_solutions if student else portable.notebook
+    written = []
+    for name in execute.sources(root):
+        executed = ledger.load(root / "_build" / profile / "src" / "chapters" / f"{name}.ipynb")
+        path = out / "chapters" / f"{name}.ipynb"
+        execute.write_atomically(path, _installing(form(executed), _config(root)["repository"]["url"]))
+        written.append(path)
+    return written
+
+
+def _installing(notebook: dict, repository: str) -> str:
+    """The notebook as a file, with a first cell that installs the library where it is missing."""
+    install = f"%pip install -q git+{repository}"
     cell = {
         "cell_type": "code",
         "id": "install",
@@ -239,27 +260,22 @@ def notebooks(root: Path, out: Path, profile: str = "quick") -> list[Path]:
         "outputs": [],
         "source": f'import importlib.util\n\nif importlib.util.find_spec("dlatlas") is None:\n    {install}',
     }
-    written = []
-    for name in execute.sources(root):
-        notebook = portable.notebook(ledger.load(root / "_build" / profile / "src" / "chapters" / f"{name}.ipynb"))
-        content = {**notebook, "cells": [cell, *notebook["cells"]]}
-        path = out / "chapters" / f"{name}.ipynb"
-        execute.write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        written.append(path)
-    return written
+    content = {**notebook, "cells": [cell, *notebook["cells"]]}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m dlatlas.book.site", description="Export the executed notebooks.")
     parser.add_argument("--notebooks", type=Path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--student", action="store_true", help="without outputs and solutions, for a course")
     parser.add_argument("--profile", choices=("quick", "full"), default="quick")
     options = parser.parse_args(arguments)
     root = catalog.repository()
     try:
         if root is None:
             raise SiteError("run this in a checkout of the repository")
-        for path in notebooks(root, options.notebooks, options.profile):
+        for path in notebooks(root, options.notebooks, options.profile, student=options.student):
             print(path)
     except (OSError, SiteError) as error:
         print(f"dlatlas: {error}", file=sys.stderr)
