@@ -163,6 +163,26 @@ def test_linear_layer_has_the_three_products_of_the_rounded_numbers():
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
+@pytest.mark.parametrize(("make", "shape"), [(lambda: DFPLinear(6, 4), (6,)), (lambda: DFPConv2d(2, 3, 3, 2, 1), (2, 7, 6))])
+def test_one_input_without_a_batch_axis_is_a_batch_of_one(make, shape):
+    layer, alone = make(), torch.randn(shape, requires_grad=True)
+    batch = alone.detach()[None].requires_grad_()
+    out, outs = layer(alone), layer(batch)
+    assert torch.equal(out, outs[0]) and outs.shape == (1, *out.shape)
+    g = torch.randn_like(out)
+    for a, b in zip(
+        torch.autograd.grad(out, (alone, *layer.parameters()), g), torch.autograd.grad(outs, (batch, *layer.parameters()), g[None])
+    ):
+        torch.testing.assert_close(a, b.view_as(a))
+    peer = nn.Linear(6, 4) if isinstance(layer, DFPLinear) else nn.Conv2d(2, 3, 3, 2, 1)
+    peer.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(out, peer(alone), rtol=1e-3, atol=1e-3)
+
+
+def test_no_examples_are_no_error():
+    assert DFPLinear(6, 4)(torch.zeros(2, 0, 6)).shape == (2, 0, 4)
+
+
 def test_what_is_kept_for_the_backward_pass_is_int16():
     layer = DFPLinear(5, 3)
     kept = []
@@ -212,6 +232,11 @@ def test_conversion_keeps_parameters_and_replaces_nested_layers():
         lambda: DFPConv2d(2, 2, 1, groups=2),
         lambda: DFPConv2d(2, 2, 3, padding="same"),
         lambda: convert(nn.Sequential(nn.Conv2d(2, 2, 1, groups=2))),
+        lambda: DFPLinear(6, 4)(torch.ones(5)),
+        lambda: DFPLinear(6, 4)(torch.ones(())),
+        lambda: DFPConv2d(2, 3, 3)(torch.ones(7, 6)),
+        lambda: DFPConv2d(2, 3, 3)(torch.ones(1, 1, 2, 7, 6)),
+        lambda: DFPConv2d(2, 3, 3)(torch.ones(4, 3, 7, 6)),
     ],
 )
 def test_bad_input(bad):

@@ -7,6 +7,7 @@ from torch.nn.functional import conv2d, linear
 
 from dlatlas.compression import espresso
 from dlatlas.compression.espresso import PackedConv2d, PackedLinear, bitplane_linear, compile_bdnn
+from dlatlas.compression.ftprop import SignActivation
 from dlatlas.compression.kit import kernels
 from dlatlas.compression.kit.qat import quantize_aware
 from dlatlas.compression.kit.ste import ste_sign
@@ -139,6 +140,8 @@ def conv_net(**changes):
         (lambda: bitplane_linear(torch.ones(2, 3, dtype=torch.uint8), 0.5 * signs(2, 3)), r"-1 or \+1"),
         (lambda: compile_bdnn(mlp([3, 4, 2], ste_sign)), r"-1 or \+1"),
         (lambda: compile_bdnn(binary(mlp([3, 4, 2]))), "cannot pack ReLU"),
+        (lambda: compile_bdnn(binary(mlp([3, 4, 2], SignActivation))), r"cannot pack SignActivation.*Lambda\(ste_sign\)"),
+        (lambda: compile_bdnn(binary(mlp([3, 4, 2], torch.sign))), r"cannot pack Lambda\(sign\).*expected .*Lambda\(ste_sign\)"),
         (lambda: compile_bdnn(binary(mlp([3, 4, 2], ste_sign, final=ste_sign))), "must end"),
         (lambda: compile_bdnn(nn.Sequential()), "must end"),
         (lambda: compile_bdnn(conv_net(stride=(1, 2))), "stride"),

@@ -33,6 +33,13 @@ def test_targets_go_against_the_gradient():
     assert targets_from_gradient(torch.tensor([2.0, -3.0, 0.0, -0.0])).tolist() == [-1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_both_zeros_are_plus_and_the_type_stays(dtype):
+    z = torch.tensor([-0.0, 0.0, -1e-7, 1e-7, -3.0, -torch.inf, torch.inf], dtype=dtype)
+    out = SignActivation()(z)
+    assert out.dtype == dtype and out.tolist() == [1, 1, -1, 1, -1, -1, 1]
+
+
 def test_saturated_hinge_is_the_clipped_straight_through_estimator():
     z = torch.cat([Z, 2 * torch.randn(500)])
     g = torch.randn_like(z)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlatlas.compression.kit.nets import lenet, mlp
 from dlatlas.compression.mixed_precision import LossScaler, MixedPrecision, half_matmul, saved_bytes, to_half_simulated
@@ -166,6 +167,56 @@ def test_tensors_between_layers_are_half_and_normalisation_is_not():
     reference(x)
     torch.testing.assert_close(mp.model.norms[0].running_var, reference.norms[0].running_var, rtol=1e-3, atol=1e-5)
     assert all(p.dtype == torch.float32 for p in mp.parameters()) and mp.model.norms[0].num_batches_tracked == 1
+
+
+class Types(TorchDispatchMode):
+    """Notes the type of what enters each operation whose name has one of these words."""
+
+    def __init__(self, *words):
+        super().__init__()
+        self.words, self.seen = words, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in func.__name__ for word in self.words):
+            self.seen.setdefault(func.__name__, set()).update(
+                a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm2d(4),
+        lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+        lambda: nn.GroupNorm(2, 4),
+        lambda: nn.LayerNorm([4, 6, 6]),
+        lambda: nn.InstanceNorm2d(4, affine=True),
+        lambda: nn.RMSNorm([4, 6, 6]),
+        lambda: nn.Softmax(1),
+        lambda: nn.LogSoftmax(1),
+    ],
+)
+def test_statistics_are_those_of_floats_rounded_once(norm, half):
+    """Forward and backward, to the bit: deviations of 500 from a mean of 1000, whose squares are no half precision numbers."""
+    torch.manual_seed(0)
+    net, peer = nn.Sequential(norm()), norm()
+    peer.load_state_dict(net[0].state_dict())
+    x = (1000 + 500 * torch.randn(8, 4, 6, 6)).to(half)
+    net.register_parameter("spare", nn.Parameter(torch.zeros(1)))  # a softmax has none, and an optimizer wants one
+    mp = MixedPrecision(net, torch.optim.SGD(net.parameters(), 0.0), LossScaler(1.0), half=half)
+    given = x.float().requires_grad_()
+    with Types("norm", "softmax", "pow", "mean") as types:
+        out = mp(given)
+        g = torch.randn_like(out).to(half).float()
+        out.backward(g)
+    assert types.seen and all(kinds == {torch.float32} for kinds in types.seen.values()), types.seen
+    floats = x.float().requires_grad_()
+    want = peer(floats)
+    want.backward(g)
+    assert torch.equal(out, want.to(half).float())
+    assert torch.equal(given.grad, floats.grad.to(half).float())
 
 
 def test_small_gradients_vanish_without_scaling_and_survive_with_it():

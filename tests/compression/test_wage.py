@@ -1,6 +1,7 @@
 """WAGE's layers against a transcription in floats on the grid, random rounding against its mean, the grid against every step of training."""
 
 import copy
+import io
 import math
 
 import numpy as np
@@ -185,6 +186,41 @@ def test_state_and_copies_keep_integers():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_model_that_was_pickled_whole_trains_on():
+    torch.manual_seed(0)
+    model, x, y = net(), torch.rand(8, 1, 8, 8), torch.randint(2, (8,))
+    model[2].requires_grad_(False)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for m in (model, loaded):
+        cross_entropy(m(x), y).backward()
+        WAGE(m.parameters(), generator=torch.Generator().manual_seed(1)).step()
+    assert all(type(p) is type(q) and torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters()))
+    assert [p.grad is None for p in loaded.parameters()] == [False, True, False]
+
+
+@pytest.mark.parametrize("freeze", [lambda m: m.requires_grad_(False), lambda m: setattr(m.weight, "requires_grad", False)])
+def test_frozen_weights_get_no_gradient_and_hand_the_error_on(freeze):
+    torch.manual_seed(0)
+    layer, x, e = WAGELinear(5, 3, activation=False), torch.rand(4, 5, requires_grad=True), torch.randn(4, 3)
+    assert layer.weight.requires_grad
+    (want,) = torch.autograd.grad(layer(x), x, e)
+    assert layer.weight.grad is not None  # the side effect that the docstring tells of
+    layer.weight.grad = None
+    freeze(layer)
+    (got,) = torch.autograd.grad(layer(x), x, e)
+    assert torch.equal(got, want) and layer.weight.grad is None
+    assert not layer(x.detach()).requires_grad and not copy.deepcopy(layer).weight.requires_grad
+    before = layer.weight.clone()
+    WAGE(layer.parameters()).step()
+    assert torch.equal(layer.weight, before)
+    layer.requires_grad_()
+    layer(x).backward(e)
+    assert layer.weight.grad is not None
+
+
 def test_error_and_gradient_of_zeros_are_zeros():
     layer = WAGELinear(5, 3)
     x = torch.rand(4, 5, requires_grad=True)
@@ -217,6 +253,10 @@ def test_worst_case_sums_are_exact_and_larger_ones_refused():
         lambda: WAGELinear(2, 2, bits_a=9),
         lambda: WAGELinear(2, 2, bits_w=8, bits_g=4),
         lambda: WAGEConv2d(2, 2, 1, pool=0),
+        lambda: WAGELinear(3, 2)(torch.ones(3)),
+        lambda: WAGELinear(3, 2)(torch.ones(4, 2, 3)),
+        lambda: WAGEConv2d(3, 2, 1)(torch.ones(3, 5, 5)),
+        lambda: WAGEConv2d(3, 2, 1)(torch.ones(1, 2, 5, 5)),
     ],
 )
 def test_bad_input(bad):

@@ -171,12 +171,14 @@ class _Products(Function):
 class DFPLinear(nn.Linear):
     """`Linear` whose three products are of integers with shared exponents; the weight that the optimizer sees is float32.
 
+    Takes ``[..., in_features]`` as `Linear` does, a single vector included.
+
     Args:
         bits: of weight, input and gradient, 2 to 16.
         chain: as in :func:`dfp_matmul`.
 
     Raises:
-        ValueError: `bits` outside 2..16.
+        ValueError: `bits` outside 2..16, or inputs of another size.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, bits: int = 16, chain: int = 256, **kwargs: Any):
@@ -185,7 +187,9 @@ class DFPLinear(nn.Linear):
         self.bits, self.chain = bits, chain
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _Products.apply(x.flatten(0, -2), self.weight, self).unflatten(0, x.shape[:-1])
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"expected inputs [..., {self.in_features}], got {tuple(x.shape)}")
+        out = _Products.apply(x.reshape(-1, self.in_features), self.weight, self).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
     def _output(self, x: DFP, w: DFP) -> Tensor:
@@ -201,12 +205,14 @@ class DFPLinear(nn.Linear):
 class DFPConv2d(nn.Conv2d):
     """`Conv2d` whose three products are of integers with shared exponents; without groups and dilation.
 
+    Takes ``[batch, in_channels, H, W]``, or a single image ``[in_channels, H, W]`` as `Conv2d` does.
+
     Args:
         bits: of weight, input and gradient, 2 to 16.
         chain: as in :func:`dfp_matmul`.
 
     Raises:
-        ValueError: `bits` outside 2..16.
+        ValueError: `bits` outside 2..16, or inputs of another shape.
     """
 
     def __init__(
@@ -219,7 +225,10 @@ class DFPConv2d(nn.Conv2d):
         self.bits, self.chain = bits, chain
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _Products.apply(x, self.weight, self)
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ValueError(f"expected inputs [batch, {self.in_channels}, H, W] or [{self.in_channels}, H, W], got {tuple(x.shape)}")
+        out = _Products.apply(x if x.dim() == 4 else x[None], self.weight, self)
+        out = out if x.dim() == 4 else out[0]
         return out if self.bias is None else out + self.bias[:, None, None]
 
     def _output(self, x: DFP, w: DFP) -> Tensor:

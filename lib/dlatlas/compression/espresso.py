@@ -202,8 +202,10 @@ def compile_bdnn(model: nn.Sequential, bytes_in: bool = True) -> PackedNet:
     """Pack a trained network of signs; the result computes the same integers and takes the same decisions.
 
     The network is a sequence, nested or not, of Linear and Conv2d layers whose weights are -1 or +1, each but the last followed by an optional
-    MaxPool2d, an optional batch normalisation and :func:`~dlatlas.compression.kit.ste.ste_sign`. The last may be followed by batch
-    normalisation. Flatten may stand before a Linear. Normalisation is taken in evaluation mode.
+    MaxPool2d, an optional batch normalisation and a sign. The last may be followed by batch normalisation. Flatten may stand before a Linear.
+    Normalisation is taken in evaluation mode. A sign is known by one form only: the module that ``mlp(sizes, ste_sign)`` makes,
+    ``dlatlas.kit.nets.Lambda`` around :func:`~dlatlas.compression.kit.ste.ste_sign` or a `functools.partial` of it. Of any other module nobody
+    can tell that it is a sign, nor which sign it gives to zero; put the wrapper in its place after training.
 
     Args:
         model: as told.
@@ -229,7 +231,10 @@ def compile_bdnn(model: nn.Sequential, bytes_in: bool = True) -> PackedNet:
             steps.append(_Threshold(norm, bias, steps))
             holds, norm, bias = "signs", None, None
         else:
-            raise ValueError(f"cannot pack {layer} where the network holds {holds}{' after a normalisation' if norm else ''}")
+            raise ValueError(
+                f"cannot pack {layer} where the network holds {holds}{' after a normalisation' if norm else ''}; expected Linear, Conv2d, "
+                "MaxPool2d, batch normalisation, Flatten, and as signs only dlatlas.kit.nets.Lambda(ste_sign), in the order of the docstring"
+            )
     if holds != "integers":
         raise ValueError(f"the network must end in a linear layer, with or without batch normalisation; it ends in {holds}")
     return PackedNet([*steps, _Logits(norm, bias, dtype)], bytes_in)

@@ -181,7 +181,7 @@ def _check(kind: str) -> str:
 
 
 def _signs(z: Tensor) -> Tensor:
-    return torch.where(z >= 0, 1.0, -1.0).to(z.dtype)
+    return torch.copysign(z.new_ones(()), z.detach() + 0.0)  # a sum turns -0 into 0, whose sign is plus
 
 
 class _TargetPropagation(Function):

@@ -29,6 +29,8 @@ Deviations from the paper:
    which with 2-bit weights is every sum of up to 132 thousand products.
 3. A layer does multiplication, pooling, rectifier and rounding in one; pooling precedes the rectifier, which is the same for the maximum.
 4. The last layer returns its int32 sums as floats, and the loss on top of it is computed in floats.
+5. Integers are outside of automatic differentiation. A backward pass, `torch.autograd.grad` for the input included, therefore writes the
+   gradients of the weights into their ``.grad`` by itself. ``requires_grad_(False)`` on a weight, a layer or the model switches that off.
 
 Later work: WAGEUBN (Yang et al., 2020) brought batch normalisation and momentum to 8-bit integers and scaled the scheme to ImageNet. NITI (Wang et
 al., 2022) trains with int8 and shared exponents and without a float at the loss. Random rounding is now standard wherever updates are smaller than a unit.
@@ -157,12 +159,30 @@ class WAGE(torch.optim.Optimizer):
 
 
 class IntegerWeight(nn.Parameter):
-    """Parameter of integers; ``.grad`` may hold wider integers, which a plain parameter refuses."""
+    """Parameter of integers; ``.grad`` may hold wider integers, which a plain parameter refuses.
 
-    def __new__(cls, data: Tensor, requires_grad: bool = False) -> IntegerWeight:
+    ``requires_grad`` says whether a layer's backward pass leaves a gradient here; torch itself never does for integers.
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> IntegerWeight:
         weight = torch.Tensor._make_subclass(cls, data, False)  # automatic differentiation ends here: the layer sets `grad`
-        weight._wide = None
+        weight._wide, weight._wanted = None, bool(requires_grad)
         return weight
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return IntegerWeight, (self.data, self._wanted)  # a plain parameter's way would give a plain parameter back
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._wanted
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self._wanted = bool(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> IntegerWeight:
+        self._wanted = bool(requires_grad)
+        return self
 
     @property
     def grad(self) -> Tensor | None:
@@ -192,8 +212,11 @@ class _WAGELayer(nn.Module):
         self.weight = IntegerWeight(_to_int8(start, self.bits_g))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != self.weight.dim() or x.shape[1] != self.weight.shape[1]:
+            sizes = ", ".join(["batch", str(self.weight.shape[1]), "H", "W"][: self.weight.dim()])
+            raise ValueError(f"expected inputs [{sizes}], got {tuple(x.shape)}")
         # The second argument makes the function part of the graph where `x` is data: the weight itself cannot, it is no float.
-        return _Products.apply(x, x.new_zeros((), requires_grad=torch.is_grad_enabled()), self)
+        return _Products.apply(x, x.new_zeros((), requires_grad=self.weight.requires_grad and torch.is_grad_enabled()), self)
 
     def quantized_weight(self) -> Tensor:
         """$W_q$ in units of $\\sigma(k_W)$, int8."""
@@ -217,7 +240,7 @@ class WAGELinear(_WAGELayer):
         activation: False for the last layer, which returns its sums.
 
     Raises:
-        ValueError: bits outside 2..8, or sums that could overflow 32 bits.
+        ValueError: bits outside 2..8, inputs of another shape, or sums that could overflow 32 bits.
     """
 
     def __init__(
@@ -252,7 +275,7 @@ class WAGEConv2d(_WAGELayer):
         pool: side of the squares whose maximum is kept.
 
     Raises:
-        ValueError: bits outside 2..8, or sums that could overflow 32 bits.
+        ValueError: bits outside 2..8, inputs of another shape, or sums that could overflow 32 bits.
     """
 
     def __init__(
@@ -316,8 +339,9 @@ class _Products(Function):
             e = e * mask
         if layer.pool > 1:
             e = _unpool(e, where, ctx.full, layer.pool)
-        g = layer._gradient(e, a)
-        layer.weight.grad = g if layer.weight.grad is None else layer.weight.grad.to(torch.int64) + g
+        if layer.weight.requires_grad:
+            g = layer._gradient(e, a)
+            layer.weight.grad = g if layer.weight.grad is None else layer.weight.grad.to(torch.int64) + g
         if not ctx.needs_input_grad[0]:
             return None, None, None
         acc = layer._input_error(e, w, a.shape)  # int32, in units of sigma(k_E) sigma(k_W)
