@@ -1,6 +1,7 @@
 """The built site in a headless browser, as a reader without network sees it: from a file, light and dark, on a phone."""
 
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,21 @@ CONTRAST = """() => {
   }
   return worst;
 }"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_serious_violation(html, browser, theme):
+    axe = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=theme, offline=True)
+    context.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
+    watched = Watched(context)
+    for name in samples(html):
+        page = watched.open(html / name)
+        page.evaluate(axe)
+        found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+        serious = [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in found if v["impact"] in {"serious", "critical"}]
+        assert not serious, f"{name}, {theme}: {serious}"
+    context.close()
 
 
 def test_search_finds_a_method(html, desktop):

@@ -148,9 +148,10 @@ def _revision(repository: str, commit: str) -> str:
     return external(f"{repository}/commit/{clean}", f"commit {clean}") + (" with local changes" if commit != clean else "")
 
 
-def _figure_titles(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
-    """Every table that the page scrolls sideways can be reached with the keyboard."""
+def _accessible(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """What scrolls sideways can be reached with the keyboard; the bibliography is no list, as its entries are none."""
     if doctree is not None:
+        context["body"] = context["body"].replace('<div role="list" class="citation-list">', '<div class="citation-list">')
         context["body"] = re.sub(r"""<div class=(['"])dlatlas-scroll\1>""", '<div class="dlatlas-scroll" tabindex="0">', context["body"])
 
 
@@ -160,5 +161,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", _assets)
     app.connect("builder-inited", _load)
     app.connect("html-page-context", _context, priority=AFTER_THE_THEME)
-    app.connect("html-page-context", _figure_titles, priority=AFTER_THE_THEME + 1)
+    app.connect("html-page-context", _accessible, priority=AFTER_THE_THEME + 1)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

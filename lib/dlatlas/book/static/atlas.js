@@ -3,6 +3,14 @@ if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined
   DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 }
 
+// The arrows that unfold the contents have no words of their own.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const summary of document.querySelectorAll("summary")) {
+    const name = summary.closest("li")?.querySelector("a")?.textContent.trim();
+    if (name && !summary.textContent.trim()) summary.setAttribute("aria-label", `Pages of: ${name}`);
+  }
+});
+
 // Search fields and menus of the tables. Without scripts the forms stay hidden and the tables are whole.
 document.addEventListener("DOMContentLoaded", () => {
   for (const form of document.querySelectorAll("form.dlatlas-filter")) {
