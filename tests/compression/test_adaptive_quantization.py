@@ -125,6 +125,92 @@ def test_an_impossible_bound_leaves_the_network_alone():
     assert net.training
 
 
+def test_every_round_uses_the_gradient_where_the_weights_now_are():
+    """The run against a plain transcription of it: fresh gradients, the radius and the budget doubled or halved, failures undone."""
+    net, batches = trained()
+    x, y = (torch.cat(part) for part in zip(*batches))
+    weights = [net[0].weight, net[2].weight]
+    tops = [float(w.detach().abs().max()) for w in weights]
+
+    def loss_and_slope():
+        loss = cross_entropy(net(x), y)
+        return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+    start = [w.detach().clone() for w in weights]
+    bound = loss_and_slope()[0] + 0.05
+    found = AdaptiveQuantizer(net, cross_entropy, batches, bound, patience=99).run(12)
+    quantized = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        for w, old in zip(weights, start):
+            w.copy_(old)
+    (loss, slope), radius, factor, spent, rows = loss_and_slope(), 0.02, 1.0, 32 * sum(w.numel() for w in weights), []
+    for _ in range(12):
+        caps = torch.cat([torch.full((w.numel(),), radius * top, dtype=torch.float64) for w, top in zip(weights, tops)])
+        margins = error_margins(slope, factor * (bound - loss), caps)
+        old = [w.detach().clone() for w in weights]
+        pairs = [
+            quantize_to_margin(w, m.view_as(w), scale=top) for w, m, top in zip(weights, margins.split([w.numel() for w in weights]), tops)
+        ]
+        with torch.no_grad():
+            for w, (q, _) in zip(weights, pairs):
+                w.copy_(q)
+        after, new = loss_and_slope()
+        bits = sum(int(b.sum()) for _, b in pairs)
+        kept = after <= bound and bits < spent
+        rows.append((kept, radius, factor, bits))
+        change = 2.0 if after <= bound else 0.5
+        radius, factor = min(1.0, radius * change), factor * change
+        if kept:
+            loss, slope, spent = after, new, bits
+        else:
+            with torch.no_grad():
+                for w, q in zip(weights, old):
+                    w.copy_(q)
+    n = sum(w.numel() for w in weights)
+    assert [(row["kept"], row["radius"], row["factor"]) for row in found["history"]] == [row[:3] for row in rows]
+    assert {kept for kept, *_ in rows} == {True, False} and sum(kept for kept, *_ in rows) > 2
+    np.testing.assert_allclose([row["bits"] for row in found["history"]], [row[3] / n for row in rows], atol=3 / n)
+    for w, q in zip(weights, quantized):
+        assert ((w - q).abs() > 1e-6).float().mean() < 0.03
+
+
+def test_only_what_saves_bits_inside_the_bound_is_kept():
+    net, batches = trained()
+    loss = AdaptiveQuantizer(net, cross_entropy, batches, 1e9).loss()
+    history = AdaptiveQuantizer(net, cross_entropy, batches, loss + 0.02).run(40)["history"]
+    spent, outcomes = 32.0, set()
+    for row in history:
+        inside, saves = row["loss"] <= loss + 0.02, row["bits"] < spent
+        assert row["kept"] == (inside and saves)
+        outcomes.add((inside, saves))
+        spent = row["bits"] if row["kept"] else spent
+    assert {(True, True), (False, True)} <= outcomes
+    # From a radius at its largest nothing changes between rounds: the second is inside but saves nothing.
+    wide = AdaptiveQuantizer(trained()[0], cross_entropy, batches, 1e6, 1.0).run()
+    assert [row["kept"] for row in wide["history"]] == [True, False, False, False, False]
+
+
+def test_the_network_is_measured_in_evaluation_mode_and_its_mode_comes_back():
+    class Half(nn.Module):
+        """Zero in training mode: a loss measured there would be log 2 whatever the weights are."""
+
+        def forward(self, x):
+            return 0 * x if self.training else x
+
+    net, batches = trained()
+    net.append(Half())
+    x, y = (torch.cat(part) for part in zip(*batches))
+    exact = cross_entropy(net.eval()(x), y).item()
+    net.train()
+    quantizer = AdaptiveQuantizer(net, cross_entropy, batches, exact + 0.02)
+    assert quantizer.loss() == pytest.approx(exact, rel=1e-5) and exact < 0.5
+    assert quantizer.run()["loss"] <= exact + 0.02
+    assert net.training and net[-1].training
+    net.eval()
+    quantizer.loss()
+    assert not net.training
+
+
 def test_storage_by_hand():
     bits = {"a": torch.tensor([0, 0, 0, 0, 1, 1, 3, 2])}
     # Values 7. Widths: four 0, two 1, one 2, one 3 take Huffman codes of 1, 2, 3 and 3 bits; four bytes of table and a float.

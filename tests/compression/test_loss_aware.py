@@ -49,6 +49,31 @@ def test_the_approximate_solution_is_a_fixed_point_of_both_steps():
     assert alpha.item() == pytest.approx(float((d * b * w).sum() / (d * b * b).sum()))
 
 
+def by_alternation(w, d, alpha, rounds):
+    """Plain loop from one start; objective of its end."""
+    size = np.abs(w)
+    for _ in range(rounds):
+        q = (size > alpha / 2).astype(float)
+        if not q.any():
+            q[size.argmax()] = 1
+        alpha = (d * size * q).sum() / (d * q).sum()
+    return 0.5 * (d * (alpha * q - size) ** 2).sum()
+
+
+def test_of_two_starts_the_better_end_is_kept():
+    winners = set()
+    for seed in range(60):
+        w, d = problem(12, seed)
+        d = d**4  # uneven, so that the starts end apart
+        mean = float(w.abs().mean())
+        ends = [by_alternation(w.numpy(), d.numpy(), start, 30) for start in (mean, 1.4 * mean)]
+        alpha, b = ternarize(w, d, iters=30)
+        assert objective(w, d, alpha * b) == pytest.approx(min(ends), rel=1e-9)
+        if max(ends) > min(ends) * (1 + 1e-6):
+            winners.add(int(np.argmin(ends)))
+    assert winners == {0, 1}  # each of the two is needed
+
+
 def test_scaling_and_constant_curvature():
     w, d = problem(50)
     alpha, b = ternarize(w, d, exact=True)
@@ -170,7 +195,11 @@ def test_the_state_goes_on_where_it_was():
     other, _, _ = net_and_data(1)
     other.load_state_dict(net.state_dict())
     resumed = LossAwareQuantizer(torch.optim.Adam(other.parameters(), 0.5), [other[0].weight], exact=True)
+    with torch.no_grad():
+        other[0].weight.normal_()  # what the network holds must not matter
     resumed.load_state_dict(copy.deepcopy(quantizer.state_dict()))
+    assert torch.equal(other[0].weight, net[0].weight) and len(other[0].weight.detach().abs().unique()) <= 2
+    assert torch.equal(resumed.latent(other[0].weight), quantizer.latent(net[0].weight))
     for n, q in ((net, quantizer), (other, resumed)):
         train(n, q.step, x, y, 3)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters()))

@@ -195,6 +195,38 @@ def test_statistics_are_averages_over_the_data():
     assert net[1].momentum == 0.3
 
 
+@pytest.mark.parametrize("n", [2, 3, 257, 513])
+def test_no_part_is_a_single_example(n):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    x = torch.randn(n, 3)
+    seen = []
+    net[0].register_forward_hook(lambda _, args, out: seen.append(len(out)))
+    reestimate_norms(net, x, batch=256 if n > 3 else 2)
+    assert sum(seen) == n and min(seen) > 1 and max(seen) - min(seen) <= 1 and max(seen) <= 256
+    torch.testing.assert_close(net[1].running_mean, net.eval()[0](x).mean(0).detach(), atol=2e-2 if n > 256 else 1e-6, rtol=0)
+
+
+def test_only_normalisation_is_in_training_mode_meanwhile():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 64), nn.Dropout(0.5), nn.BatchNorm1d(64), nn.Linear(64, 8), nn.BatchNorm1d(8, track_running_stats=False)
+    )
+    modes = []
+    net[4].register_forward_hook(lambda *_: modes.append([m.training for m in net]))
+    x = torch.randn(300, 3)
+    reestimate_norms(net.train(), x, batch=300)
+    assert modes == [[False, False, True, False, False]] and not any(m.training for m in net.modules())
+    torch.testing.assert_close(net[2].running_mean, net[0](x).mean(0).detach())  # nothing was dropped
+
+
+def test_a_failure_leaves_momentum_and_modes_in_order():
+    net = nn.Sequential(nn.BatchNorm1d(3, momentum=0.2), nn.Linear(3, 2), nn.BatchNorm1d(2, momentum=0.4))
+    with pytest.raises(RuntimeError):
+        reestimate_norms(nn.Sequential(*net, nn.Linear(5, 1)).train(), torch.randn(8, 3))
+    assert [net[0].momentum, net[2].momentum] == [0.2, 0.4] and not any(m.training for m in net[:3])
+
+
 def test_it_trains():
     torch.manual_seed(0)
     y = torch.randint(3, (512,))
@@ -212,6 +244,8 @@ def test_it_trains():
         lambda: LRBinaryLinear(3, 2).from_weight(torch.ones(2, 3), p_max=1.0),
         lambda: lr_net(mlp([2, 2])),
         lambda: sampled(mlp([2, 2])),
+        lambda: reestimate_norms(nn.BatchNorm1d(2), torch.ones(1, 2)),
+        lambda: reestimate_norms(nn.BatchNorm1d(2), torch.ones(4, 2), batch=1),
         lambda: regularizer(nn.Linear(2, 2)),
         lambda: regularizer(LRTernaryLinear(2, 2), p_decay=-1),
     ],

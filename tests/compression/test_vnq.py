@@ -204,6 +204,49 @@ def test_training_draws_weights_to_the_codes():
     assert rounded > 0.8 and exact - rounded < 0.05
 
 
+def test_rounding_skips_the_layers_of_the_network_that_are_named():
+    def left(skip, model=None):
+        model = quantize_vnq(vnq(lenet(0.5)) if model is None else model, skip=skip)
+        return [name for name, layer in model.named_modules() if hasattr(layer, "kl")]
+
+    assert left(("first", "last")) == ["conv1", "fc3"]
+    assert left("last") == ["fc3"] and left(("conv2", "fc3")) == ["conv2", "fc3"] and left(()) == []
+    # First and last of the network, not of its variational layers.
+    assert left(("first", "last"), vnq(lenet(0.5), skip=("first",))) == ["fc3"]
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_loss_is_the_equation_with_the_divergence_warmed_up(warmup):
+    """Two steps by hand, with the noise of the layers drawn from the same seed."""
+
+    def start():
+        torch.manual_seed(0)
+        x, y = torch.randn(8, 5), torch.randint(3, (8,))
+        return vnq(mlp([5, 4, 3])), x, y
+
+    n, lr = 50, 1e-2
+    net, x, y = start()
+    torch.manual_seed(1)
+    fit_vnq(net, [(x, y)], 4, n, lr=lr, warmup=warmup)
+    other, x, y = start()
+    layers = [other[0], other[2]]
+    scales = [layer.scale for layer in layers]
+    rest = [p for layer in layers for p in (layer.weight, layer.log_sigma2, layer.bias)]
+    optimizer = torch.optim.Adam([{"params": rest}, {"params": scales}], lr)
+    torch.manual_seed(1)
+    for t, weight in enumerate([0.5, 1.0, 1.0, 1.0] if warmup else [1.0] * 4):
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr * (1 - t / 4), lr / 100 * (1 - t / 4)
+        kl = sum(vnq_kl(layer.weight / layer.scale, layer.log_sigma2 - 2 * layer.scale.log(), CODES).sum() for layer in layers)
+        loss = nn.functional.cross_entropy(other(x), y) + weight * kl / n
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for layer in layers:
+            layer.constrain()
+    for (name, p), q in zip(net.named_parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -215,6 +258,9 @@ def test_training_draws_weights_to_the_codes():
         lambda: VNQConv2d(2, 2, 3, codebook=(0.5,)),
         lambda: vnq(mlp([2, 2]), skip=("first",)),
         lambda: vnq(nn.Sequential(nn.ReLU())),
+        lambda: quantize_vnq(vnq(lenet(0.5)), skip=("nonsense",)),
+        lambda: quantize_vnq(vnq(mlp([2, 2])), skip=("first",)),
+        lambda: quantize_vnq(mlp([2, 2])),
         lambda: fit_vnq(mlp([2, 2]), [], 1, 10),
         lambda: fit_vnq(vnq(mlp([2, 2])), [], 1, 0),
     ],

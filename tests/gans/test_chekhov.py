@@ -75,6 +75,18 @@ def test_the_queue_keeps_frozen_copies_of_the_newest():
     assert all(not copy.training and not copy[0].weight.requires_grad for copy in queue) and net.training
 
 
+def test_the_present_player_may_hold_the_newest_place():
+    net, queue, seen = nn.Linear(1, 1, bias=False), SnapshotQueue(capacity=3, every=4, keep_current=True), {}
+    for step in range(1, 14):
+        with torch.no_grad():
+            net.weight.fill_(step)
+        assert queue.offer(net, step) == (step % 4 == 0)
+        seen[step] = [int(copy.weight) for copy in queue]
+    assert seen[3] == []  # nothing before the first step that is due
+    assert seen[4] == [4] and seen[5] == [5] and seen[7] == [7]
+    assert seen[8] == [7, 8] and seen[10] == [7, 10] and seen[12] == [7, 11, 12] and seen[13] == [7, 11, 13]
+
+
 def three(make, values):
     queue = SnapshotQueue(capacity=3, every=1)
     for step, value in enumerate(values):

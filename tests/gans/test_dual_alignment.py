@@ -86,6 +86,40 @@ def test_alignment_falls_and_brings_the_means_together():
     assert aligner.alpha.shape == (160,) and aligner.alpha.min() > 0 and aligner.alpha.max() < 1
 
 
+def test_gradient_steps_within_the_curvature_never_raise_the_distance():
+    source, target = (points.double() for points in clouds())
+    n = 160
+    # The distance is quadratic in an affine map; with alpha below 1 its curvature is at most this.
+    curvature = float(torch.cat([source, torch.ones(80, 1)], 1).norm(dim=1).sum() ** 2) / (0.1 * n * n)
+    aligner = DualAligner(nn.Linear(2, 2).double(), lam=0.1, optimizer=lambda p: torch.optim.SGD(p, 1 / curvature))
+    distance = [aligner.step(source, target) for _ in range(300)]
+    assert all(b <= a + 1e-14 for a, b in itertools.pairwise(distance))
+    assert distance[-1] < 1e-6 * distance[0]
+
+
+def test_one_step_by_hand_and_the_numbers_keep_their_distance_from_the_ends():
+    source, target = torch.tensor([[2.0]], dtype=torch.float64), torch.tensor([[-1.0], [0.5]], dtype=torch.float64)
+    layer = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.fill_(0.5)
+    aligner = DualAligner(layer, lam=0.2, optimizer=lambda p: torch.optim.SGD(p, 0.01))
+    aligner.step(source, target)
+    lam = 0.2 * 3
+    signed = np.array([[-2.5, -1.0], [-1.0, 1.0], [0.5, 1.0]])  # y (x, 1); the source is labelled -1
+    size = 1 / (1 + np.linalg.norm(signed, 2) ** 2 / (4 * lam))
+    logit = -size * (signed @ signed.sum(0) / 2) / lam
+    alpha = 1 / (1 + np.exp(-logit))
+    np.testing.assert_allclose(aligner.alpha, alpha)
+    slope = (alpha @ signed) * -alpha[0] / lam / 3  # of the distance in nats a point, in the moved source and the constant
+    assert layer.weight.item() == pytest.approx(1 - 0.01 * slope[0] * 2)
+    assert layer.bias.item() == pytest.approx(0.5 - 0.01 * slope[0])
+    far = DualAligner(nn.Linear(1, 1).double(), lam=1e-3, lr=1e-9)
+    far.alpha = torch.tensor([1e-12, 1 - 1e-12], dtype=torch.float64)
+    far.step(torch.full((1, 1), 1e3).double(), torch.full((1, 1), -1e3).double())  # far points: the step is too short to leave the ends
+    assert far.alpha.min() == 1e-6 and 0.5 < far.alpha.max() <= 1 - 1e-6
+
+
 def test_with_the_map_held_still_alpha_finds_the_solution_and_never_rises():
     source, target = clouds()
     still = nn.Linear(2, 2).requires_grad_(False).double()

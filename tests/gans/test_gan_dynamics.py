@@ -95,6 +95,29 @@ def test_the_best_discriminator_leads_to_the_data_where_a_slow_one_may_not():
     assert torch.equal(slow, simulate(starts, STAR, steps=1500, dynamics="first_order", generator=torch.Generator().manual_seed(1)))
 
 
+def test_intervals_that_are_drawn_are_two_apart_within_four_and_paths_are_double():
+    far = torch.tensor([200.0, 300.0])  # no density of the model anywhere near
+    drawn = 8 * torch.rand(1000, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64) - 4
+    a, b, c, d = drawn.sort(-1).values.T
+    starts = torch.tensor([-2.5, 2.2]).expand(1000, 2)
+    path = simulate(starts, STAR, steps=1, dynamics="first_order", generator=torch.Generator().manual_seed(3))
+    again = simulate(starts, STAR, steps=1, dynamics="first_order", d0=(torch.stack([a, c], 1), torch.stack([b, d], 1)))
+    assert path.dtype == torch.float64 and torch.equal(path, again) and torch.isfinite(path).all()
+    assert torch.equal(path[0], starts.double())
+    assert simulate(far.float(), STAR, steps=1).dtype == torch.float64
+    assert torch.equal(simulate(starts[0].float(), STAR.float(), steps=20), simulate(starts[0].double(), STAR, steps=20))
+
+
+@pytest.mark.parametrize("mu", [[2.829, 0.441], [2.362, -0.234], [3.352, 0.989], [-3.089, -0.730], [-0.517, 2.226]])
+def test_an_interval_of_a_tenth_is_found(mu):
+    mu = torch.tensor(mu, dtype=torch.float64)
+    left, right = optimal_intervals(mu, STAR)
+    narrow = int((right - left).argmin())
+    a, b = float(left[narrow]), float(right[narrow])
+    assert 0.05 < b - a < 0.12 and density((a + b) / 2, STAR) > density((a + b) / 2, mu)
+    assert all(density(x, STAR) < density(x, mu) for x in (a - 0.02, b + 0.02))
+
+
 def test_equal_means_stay_equal():
     path = simulate(torch.tensor([0.7, 0.7]), STAR, steps=50)
     assert path.shape == (51, 2) and torch.equal(path[:, 0], path[:, 1])

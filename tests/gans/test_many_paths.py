@@ -61,6 +61,21 @@ def test_where_the_penalties_look():
     assert torch.corrcoef(away.T)[0, 1] == pytest.approx((1 / 12 * 1 / 4) / (1 / 9 - 1 / 16), abs=0.12)
 
 
+def test_dragan_has_one_scale_for_all_features():
+    seen, real = [], torch.tensor([[0.0, 0.0], [1.0, 100.0], [2.0, -100.0]])
+
+    def D(x):
+        seen.append(x.detach())
+        return x.sum(1)
+
+    gradient_penalty(D, real, None, "dragan", torch.Generator().manual_seed(4))
+    g = torch.Generator().manual_seed(4)
+    t, u = torch.rand(3, generator=g), torch.rand(3, 2, generator=g)
+    mean = sum(real.flatten().tolist()) / 6
+    std = math.sqrt(sum((v - mean) ** 2 for v in real.flatten().tolist()) / 5)
+    torch.testing.assert_close(seen[0], real + 0.5 * std * t[:, None] * u)
+
+
 def test_the_penalty_is_trainable_and_follows_its_generator():
     D = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
     real, fake = torch.randn(2, 8, 2)

@@ -93,6 +93,19 @@ def test_gradients_taken_ahead_are_used_at_home():
     assert v.grad.item() == pytest.approx(0.8) and u.item() == pytest.approx(0.9)
 
 
+def test_a_schedule_takes_the_inner_optimizer():
+    u = torch.ones(1, requires_grad=True)
+    opt = Predicted(torch.optim.SGD([u], 0.1))
+    schedule = torch.optim.lr_scheduler.StepLR(opt.optimizer, 1, gamma=0.5)
+    for ahead in (0.8, 0.8):  # 1 -> 0.9, one more step is 0.8; then 0.9 -> 0.85 at half the rate, one more is 0.8
+        u.grad = torch.ones(1)
+        opt.step()
+        schedule.step()
+        with opt.lookahead():
+            assert u.item() == pytest.approx(ahead)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
 def test_state_round_trip():
     net, x = small()
     opt = Predicted(torch.optim.Adam(net.parameters(), 0.1), gamma=0.5)

@@ -93,6 +93,15 @@ def test_its_gradient_moves_the_density_towards_the_target():
             assert got[j, k].item() == pytest.approx(slope, abs=1e-7)
 
 
+def test_on_a_line_the_kernel_has_the_height_of_a_density():
+    fake, points = torch.tensor([[0.4], [-1.0]], dtype=torch.float64, requires_grad=True), torch.tensor([[0.0]], dtype=torch.float64)
+    d, alpha, sigma = torch.tensor([0.8], dtype=torch.float64), 0.3, 0.7
+    (got,) = torch.autograd.grad(primal_dual_g_loss(fake, points, d, alpha, sigma), fake)
+    for at, slope in zip(fake.detach()[:, 0].tolist(), got[:, 0].tolist()):
+        height = math.exp(-(at**2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
+        assert slope == pytest.approx(2 * alpha * math.log(2 * (1 - 0.8)) * height * (-at / sigma**2) / 2)
+
+
 def test_nothing_flows_into_the_discriminator():
     fake, d = torch.randn(4, 2, requires_grad=True), torch.full((3,), 0.7, requires_grad=True)
     primal_dual_g_loss(fake, torch.randn(3, 2), d, 0.3, 0.7).backward()

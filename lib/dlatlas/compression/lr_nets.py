@@ -15,7 +15,8 @@ to $\tilde w \in [-1, 1]$: with $p_{\min} = 0.05$ and $p_{\max} = 0.95$
 
 $$ p_0 = p_{\max} - (p_{\max} - p_{\min}) |\tilde w|, \qquad q = \tfrac12 \Big( 1 + \frac{\tilde w}{1 - p_0} \Big) \text{ clipped to } [p_{\min}, p_{\max}]. $$
 
-The mean is then $\tilde w$ where nothing is clipped. Deployment: the weights are drawn once.
+The mean is then $\tilde w$ for small weights only. Beyond $|\tilde w| = 0.24$, $q$ is clipped and the mean is $0.9 (1 - p_0)$ in size, up to 0.145 short of
+$|\tilde w|$; of Gaussian weights one in five keeps its value. Deployment: the weights are drawn once.
 
 Deviations from the paper:
 
@@ -24,7 +25,8 @@ Deviations from the paper:
    are an average over all draws.
 3. Evaluation mode computes with the mean weights; the network to deploy is a plain one, made by :func:`sampled`.
 4. The penalties are those of the published code: half the sum of squared logits times $10^{-11}$ for ternary weights, and for binary ones
-   $10^{-6} \sum p (1 - p)$, the kernel of a beta density with both exponents 2, which pushes $p$ to 0 or 1.
+   $10^{-6} \sum p (1 - p)$, the kernel of a beta density with both exponents 2, which pushes $p$ to 0 or 1. They are :func:`regularizer` and nothing adds
+   them by itself: the book's chapter trains without them.
 
 Later work: Peters and Welling (2018) carry means and variances through binary activations as well, and Roth et al. (2019) allow weights of
 any few values and sign activations. Straight-through estimators remained the common tool, because sampling doubles the cost of a layer.
@@ -219,18 +221,35 @@ def sampled(model: nn.Module, x: Tensor | None = None, generator: torch.Generato
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, x: Tensor, batch: int = 256) -> nn.Module:
-    """Statistics of batch normalisation as averages over `x`; changes the model, leaves it in evaluation mode and returns it."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    """Statistics of batch normalisation as averages over `x`; changes the model, leaves it in evaluation mode and returns it.
+
+    Only normalisation is in training mode meanwhile: dropout and random layers compute as in evaluation.
+
+    Args:
+        x: at least two inputs. They are cut into parts of nearly equal size, so that none of them holds a single example.
+        batch: largest part, at least 2.
+
+    Raises:
+        ValueError: fewer than two inputs, or parts of fewer than two.
+    """
+    if len(x) < 2 or batch < 2:
+        raise ValueError(f"variances need at least two examples: expected two inputs and parts of two, got {len(x)} and {batch}")
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
-    model.train()
-    for part in x.split(batch):
-        model(part)
-    for norm, momentum in zip(norms, before):
-        norm.momentum = momentum
-    return model.eval()
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+            norm.train()
+        # Three inputs in parts of two would leave a single one: one part of three then.
+        for part in x.tensor_split(max(1, min(-(-len(x) // batch), len(x) // 2))):
+            model(part)
+    finally:
+        for norm, momentum in zip(norms, before):
+            norm.momentum = momentum
+        model.eval()
+    return model
 
 
 def _random_layers(model: nn.Module) -> dict[str, _Random]:

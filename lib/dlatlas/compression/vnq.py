@@ -194,11 +194,17 @@ def quantize_vnq(model: nn.Module, log_alpha_max: float = 2.0, skip: Sequence[st
 
     Args:
         log_alpha_max: weights become 0 from here on.
-        skip: names of variational layers that stay.
+        skip: layers that stay variational, by name or "first" and "last" of the network; layers that are not variational stay in any case.
+
+    Raises:
+        ValueError: no layer is variational, or `skip` names no layer or leaves none.
     """
-    for name, layer in _variational(model).items():
-        if name not in skip:
-            model.set_submodule(name, layer.quantize(log_alpha_max))
+    chosen = choose_layers(model, skip)
+    layers = {name: layer for name, layer in _variational(model).items() if name in chosen}
+    if not layers:
+        raise ValueError(f"expected a variational layer among {list(chosen)}, got none")
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.quantize(log_alpha_max))
     return model
 
 

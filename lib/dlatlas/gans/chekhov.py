@@ -3,7 +3,7 @@ r"""Chekhov GAN: training a GAN by online learning (grnarova2018chekhov).
 A zero-sum game need not have an equilibrium in single strategies, but it has one in mixed strategies: each player draws at random from a set.
 If both players learn without regret (in hindsight no fixed strategy would have done much better), the *averages* of what they played form
 such an equilibrium, although what they play last may circle for ever. Follow-the-regularised-leader is such a learner. For
-networks this becomes a recipe: let each player train against a queue of past opponents instead of the present one, and return the queue of
+networks this becomes a recipe: let each player train against a queue of opponents, the present one and some of its past states, and return the queue of
 generators as the mixture.
 
 Equations for a matrix game with payoff $x^\top A y$, $x$ minimising over the simplex, $y$ maximising: with the entropy as regulariser,
@@ -12,7 +12,7 @@ follow-the-regularised-leader is Hedge,
 $$ x_t \propto \exp\Big( -\frac{\eta_0}{\sqrt t} \sum_{s < t} A y_s \Big), \qquad y_t \propto \exp\Big( \frac{\eta_0}{\sqrt t} \sum_{s < t} A^\top x_s \Big),
 \qquad \mathrm{gap} = \max_j (A^\top \bar x)_j - \min_i (A \bar y)_i , $$
 
-and the duality gap of the averages is at most the sum of both regrets divided by $T$, $O(\sqrt{\log n / T})$. For networks with $K$ past generators
+and the duality gap of the averages is at most the sum of both regrets divided by $T$, $O(\sqrt{\log n / T})$. For networks with queues of $K$ generators
 $G_k$ and discriminators $D_k$ (logits; $\sigma$ the sigmoid), each player minimises at step $t$
 
 $$ L_D = -\mathrm{mean} \log \sigma(D(x)) - \frac1K \sum_k \mathrm{mean} \log \sigma(-D(G_k(z))) + \frac{\lambda}{\sqrt t} |\theta_D|^2, $$
@@ -23,9 +23,11 @@ Deviations from the paper:
 
 1. The distance between kept snapshots is fixed; the paper lets it grow, so that the queue reaches back over a growing past.
 2. The generator's logistic loss is the non-saturating one.
+3. The paper's queue always holds the present player at its newest place. Here that is ``keep_current=True``; without it the newest copy may be up to
+   `every` - 1 steps old.
 
-Later work: the same idea, a mixture of opponents, returns as MIX+GAN (Arora et al., 2017) and in averaging the generator's weights over time (Yazici
-et al., 2019), which costs no memory for a queue and has become the standard cure for circling.
+Later work: averaging returned in the generator's weights (Yazici et al., 2019): one running mean over time, which costs no memory for a queue and became a
+standard ingredient. MIX+GAN (Arora et al., 2017), of the same months as this paper, trains a mixture of generators and discriminators outright.
 """
 
 from __future__ import annotations
@@ -75,23 +77,26 @@ class SnapshotQueue:
     Args:
         capacity: how many are kept; a new one pushes the oldest out.
         every: a state is taken at every `every`-th step that is offered.
+        keep_current: also between these steps the newest place holds a copy of the state that was offered last; as in the paper.
 
     Raises:
         ValueError: a number below 1.
     """
 
-    def __init__(self, capacity: int = 5, every: int = 10):
+    def __init__(self, capacity: int = 5, every: int = 10, *, keep_current: bool = False):
         if capacity < 1 or every < 1:
             raise ValueError(f"capacity and every must be at least 1, got {capacity} and {every}")
-        self.every = every
+        self.every, self.keep_current = every, keep_current
         self._kept: deque[nn.Module] = deque(maxlen=capacity)
 
     def offer(self, module: nn.Module, step: int) -> bool:
-        """Keep a copy if `step` is a multiple of `every` (0 is one); tells whether it was kept."""
-        if step % self.every:
-            return False
-        self._kept.append(copy.deepcopy(module).eval().requires_grad_(False))
-        return True
+        """Keep a copy if `step` is a multiple of `every` (0 is one); tells whether it was kept for good."""
+        due = step % self.every == 0
+        if due or (self.keep_current and self._kept):
+            if not due:
+                self._kept.pop()  # the copy of the step before
+            self._kept.append(copy.deepcopy(module).eval().requires_grad_(False))
+        return due
 
     def __len__(self) -> int:
         return len(self._kept)

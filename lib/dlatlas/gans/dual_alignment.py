@@ -22,8 +22,9 @@ kernel replaces the inner products $x_i \cdot x_j$.
 Deviations from the paper:
 
 1. `solve_dual` is Newton's method; the paper optimises the dual together with the transformation, which is what :class:`DualAligner` does.
-2. In the aligner the numbers $\alpha$ move by mirror steps with the entropy, whose size is set by the largest eigenvalue of the Gram matrix. Such a
-   step never raises the objective, and the numbers never leave (0, 1).
+2. In the aligner the numbers $\alpha$ move by mirror steps with the entropy, whose size is set by the largest eigenvalue of the Gram matrix. With the
+   transformation held still such a step never raises the objective, up to rounding; the numbers are kept within [1e-6, 1 - 1e-6]. The step of the transformation
+   is its optimizer's: Adam with a fixed rate, the default, may raise the objective; for an affine map gradient steps no longer than one over the curvature do not.
 3. A constant feature stands in for the discriminator's offset, so the offset is regularised too.
 
 Later work: solving one player's problem exactly became the standard view of alignment by transport and by kernels (for example Damodaran et al., 2018, for
@@ -33,7 +34,7 @@ domain adaptation); deep discriminators have no such dual, and adversarial train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,8 @@ def solve_dual(x: Tensor, y: Tensor, lam: float, steps: int = 500, lr: float | N
         steps: at most so many; it stops early when the gain falls below rounding.
         lr: length of each step; None: 1, halved until the objective rises enough.
 
+    In float32, points that can be separated and a tiny `lam` (1e-6 for forty points) spoil the result by rounding, without a warning: use float64 there.
+
     Raises:
         ValueError: other labels, shapes that do not fit, or `lam` not positive.
     """
@@ -127,19 +130,31 @@ class DualAligner:
 
     Args:
         transform: the map of the source ``[n, k] -> [n, d]``; it is trained in place by Adam.
-        lam: strength of the regulariser for each point, $\lambda = n\,$`lam`, so that it means the same for any number of points.
+        lam: strength of the regulariser for each point, $\lambda = n\,$`lam` with $n$ the points of both sets, so that it means the same for any number of
+            points; :func:`primal_objective`, :func:`dual_objective` and :func:`solve_dual` take $\lambda$ itself.
         lr: of the transformation.
+        optimizer: makes the optimizer of the transformation from its parameters; None: Adam with rate `lr`.
+
+    The numbers $\alpha$ are carried over from step to step by their place: give the points in the same order each time. A batch of another size starts them
+    anew at one half; another batch of the *same* size goes on from the old ones, so set `alpha` to None before it.
 
     Raises:
         ValueError: `lam` or `lr` not positive.
     """
 
-    def __init__(self, transform: nn.Module, lam: float = 0.1, lr: float = 1e-2):
+    def __init__(
+        self,
+        transform: nn.Module,
+        lam: float = 0.1,
+        lr: float = 1e-2,
+        *,
+        optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    ):
         if not (lam > 0 and lr > 0):
             raise ValueError(f"lam and lr must be positive, got {lam} and {lr}")
         self.transform, self.lam = transform, lam
         self.alpha: Tensor | None = None  # [n_source + n_target], of the points of the last step
-        self._optimizer = torch.optim.Adam(transform.parameters(), lr)
+        self._optimizer = torch.optim.Adam(transform.parameters(), lr) if optimizer is None else optimizer(transform.parameters())
 
     def step(self, source: Tensor, target: Tensor) -> float:
         r"""One mirror step of $\alpha$ and one step of the transformation; returns the distance after both, in nats a point.

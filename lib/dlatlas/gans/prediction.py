@@ -44,6 +44,9 @@ class Predicted:
     ...     loss = d_loss(D, real, G(z).detach())
     >>> loss.backward()
 
+    A schedule of the learning rate takes the inner optimizer, ``StepLR(opt_g.optimizer, 100)``: schedulers ask for a torch `Optimizer`, which this is not.
+    The prediction then follows the last step as it was made, with the rate of that step.
+
     Args:
         optimizer: of the player that is predicted; any torch optimizer.
         gamma: how far ahead, in steps; 0 gives plain alternation.
