@@ -17,6 +17,7 @@ MODULES = {
     "pyyaml": "yaml", "scikit-learn": "sklearn", "pillow": "PIL", "jupyter-book": "jupyter_book", "ipython": "IPython",
     "sphinx-book-theme": "sphinx_book_theme", "sphinx-exercise": "sphinx_exercise", "sphinx-proof": "sphinx_proof",
     "pytest-xdist": "xdist", "pydata-sphinx-theme": "pydata_sphinx_theme", "sphinx-mathjax-offline": "sphinx_mathjax_offline",
+    "bayesian-optimization": "bayes_opt",
 }  # fmt: skip
 
 
