@@ -23,14 +23,14 @@ from typing import Any
 import yaml
 
 from dlatlas import catalog
-from dlatlas.book import docs, ledger
+from dlatlas.book import docs, ledger, peers
 from dlatlas.book.field import describe, nearest, relations
 from dlatlas.claims import Claim
 from dlatlas.plot import html_table
 
 esc = html.escape
 WORDS_A_MINUTE = 200
-REFERENCE = ("map", "tracks", "ledger", "arenas", "status", "bibliography")
+REFERENCE = ("map", "tracks", "ledger", "arenas", "peers", "status", "bibliography")
 WIDE = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n"
 
 
@@ -648,6 +648,27 @@ def _prerequisites(book: Book) -> str:
     return f"<ul>{''.join(items)}</ul>" if items else "<p>No chapter of this build yet.</p>"
 
 
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+def peers_page(book: Book) -> str:
+    """The comparisons with other libraries, measured while the site is built."""
+    rows = [
+        f'<tr><th scope="row">{_method(book, catalog.papers()[peer.key], "peers")}</th><td>{esc(peer.what)}</td><td><code>{esc(peer.peer)}</code></td>'
+        f'<td class="dlatlas-numbers">{figure(difference) if difference else "0"}</td><td class="dlatlas-numbers">{figure(peer.tolerance) if peer.tolerance else "0"}</td>'
+        f"<td>{esc(peer.reason)}</td></tr>"
+        for peer, difference in peers.measure()
+    ]
+    names = ("Method", "What is compared", "Peer", "Largest difference", "Allowed", "Why they differ")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    table = f'<table class="dlatlas-table dlatlas-sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    text = (
+        "Where a well-kept library has the same method, or a piece of it, both were given the same input in double precision while this site was built. "
+        "The largest absolute difference is below; the tests fail when it exceeds what is allowed."
+    )
+    return "\n\n".join([WIDE + "(peers)=\n# Beside other libraries", text, raw(f'<div class="dlatlas-scroll">{table}</div>')]) + "\n"
+
+
 # --- status and bibliography ------------------------------------------------------------------------------------------
 
 
@@ -711,6 +732,7 @@ def generate(book: Book, skeleton: dict[str, Any]) -> dict[str, str]:
         "tracks.md": tracks_page(book),
         "ledger.md": ledger_page(book),
         "arenas.md": arenas_page(book),
+        "peers.md": peers_page(book),
         "status.md": status_page(book),
         "bibliography.md": bibliography_page(),
         "references.bib": catalog.references_bib(),
