@@ -16,7 +16,7 @@ TORCH_FROM := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-back
 
 export TQDM_DISABLE ?= 1
 
-.PHONY: help env data notebooks book test lint lab chapter student serve seeds full bench browser compiler clean distclean
+.PHONY: help env data notebooks book test lint lab chapter student pdf serve seeds full bench browser compiler clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ lab: env ## open the chapters as notebooks in JupyterLab
 
 student: book ## notebooks for a course, without outputs and solutions, in _build/student
 	@$(BIN)/python -m dlatlas.book.site --notebooks _build/student --student
+
+pdf: book ## the book as one PDF, _build/quick/atlas.pdf (needs a browser: make browser)
+	@$(BIN)/python -m dlatlas.book.pdf --profile $(PROFILE)
 
 serve: book ## build, then serve the site at http://localhost:8000 (PORT=...)
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/$(PROFILE)/_build/html $(PORT)
