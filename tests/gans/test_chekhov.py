@@ -87,6 +87,19 @@ def test_the_present_player_may_hold_the_newest_place():
     assert seen[8] == [7, 8] and seen[10] == [7, 10] and seen[12] == [7, 11, 12] and seen[13] == [7, 11, 13]
 
 
+def test_the_newest_place_follows_buffers_too_and_shares_nothing_with_the_player():
+    net, queue = nn.BatchNorm1d(2), SnapshotQueue(capacity=2, every=10, keep_current=True)
+    queue.offer(net, 0)
+    net(torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) + 3)
+    queue.offer(net, 1)
+    (kept,) = queue
+    torch.testing.assert_close(kept.running_mean, net.running_mean)
+    before = kept.running_mean.clone()
+    net(torch.full((8, 2), 9.0))
+    assert torch.equal(kept.running_mean, before) and not torch.equal(net.running_mean, before)
+    assert not kept.training and not kept.weight.requires_grad
+
+
 def three(make, values):
     queue = SnapshotQueue(capacity=3, every=1)
     for step, value in enumerate(values):

@@ -95,6 +95,39 @@ def test_the_margin_reaches_the_loss():
     assert ct_critic_loss(critic, REAL, FAKE, margin=1e3)[1]["ct"] == 0
 
 
+def test_the_term_inside_the_loss_by_hand():
+    zero = torch.zeros(2, dtype=torch.float64)
+    answers = [
+        (zero, zero[:, None].expand(2, 4)),
+        (zero + 1, zero[:, None].expand(2, 4) + 3),
+        (zero, zero[:, None]),
+    ]
+    given = iter(answers)
+
+    def critic(x):  # two opinions on the real samples, one on the fake, then a linear critic for the penalty
+        return next(given, (x.sum(1), x))
+
+    parts = ct_critic_loss(critic, REAL[:2], FAKE[:2])[1]
+    assert parts["ct"] == pytest.approx(1 + 0.1 * 9)  # scores differ by 1, four features by 3
+
+
+def test_every_part_of_the_loss_has_its_gradient():
+    real, fake = REAL[:3], FAKE[:3]
+
+    def loss(w, v):
+        masks = iter([torch.tensor([1.0, 0.0, 2.0]).double(), torch.tensor([0.0, 2.0, 1.0]).double()])  # dropout, held fixed
+
+        def critic(x):
+            h = (x @ w).tanh() * next(masks, torch.ones(3).double())
+            return h @ v, h
+
+        return ct_critic_loss(critic, real, fake, generator=torch.Generator().manual_seed(0))[0]
+
+    g = torch.Generator().manual_seed(1)
+    w, v = (torch.randn(*shape, dtype=torch.float64, generator=g, requires_grad=True) for shape in ((5, 3), (3,)))
+    assert torch.autograd.gradcheck(loss, (w, v))
+
+
 def test_bad_input():
     critic = Small(0.5)
     for bad in ({"margin": -1.0}, {"feature_weight": -1.0}):

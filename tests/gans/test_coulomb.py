@@ -43,6 +43,12 @@ def test_losses():
     torch.testing.assert_close(coulomb_g_loss(lambda x: x.sum(1), FAKE), -FAKE.sum(1).mean() / 2)
 
 
+def test_the_generator_climbs_along_the_gradient_of_the_potential():
+    y = FAKE.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(coulomb_g_loss(lambda x: (x**2).sum(1), y), y)
+    torch.testing.assert_close(gradient, -FAKE / 5)
+
+
 def test_anchors():
     out = make_anchors(torch.zeros(4000, 2), torch.ones(1000, 2), 0.5, torch.Generator().manual_seed(0))
     assert out.shape == (5000, 2)

@@ -67,6 +67,23 @@ def test_critic_loss_penalises_the_witness():
     assert (steep + mmd2(point, other, lambda p, q: 4 * p @ q.T)).item() == pytest.approx(9)  # slope 4
 
 
+def test_the_penalty_is_at_the_interpolates_and_differentiable():
+    real, fake = X[:4], 3 * Y[:4]
+
+    def loss(w, gp_weight=2.0):
+        return mmd_critic_loss(lambda x: (x @ w).tanh(), real, fake, gp_weight=gp_weight, generator=torch.Generator().manual_seed(0))
+
+    w = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    assert torch.autograd.gradcheck(loss, w.clone().requires_grad_())
+    t = torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for i in range(4):
+        at = (t[i] * real[i] + (1 - t[i]) * fake[i]).requires_grad_()
+        f = sum(rq_kernel((at @ w).tanh()[None], (s @ w).tanh()).mean() * sign for s, sign in ((real, 1), (fake, -1)))
+        total += float((torch.autograd.grad(f, at)[0].norm() - 1) ** 2) / 4
+    assert (loss(w) - loss(w, 0.0)).item() == pytest.approx(2 * total)
+
+
 def test_distance_kernel_has_finite_derivatives_at_zero():
     x = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
     (g,) = torch.autograd.grad(distance_kernel(x, x).sum(), x)

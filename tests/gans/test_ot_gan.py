@@ -69,6 +69,18 @@ def test_energy_is_its_six_terms_and_symmetric():
     torch.testing.assert_close(uneven, minibatch_energy_distance(y[:4], y2[:4], x, x2))
 
 
+def test_the_gradient_of_the_energy_follows_all_plans():
+    x, x2, y, y2 = (batch(6, seed=s) for s in range(4))
+
+    def plan(a, b):
+        return sinkhorn(cosine_cost(a, b))[1].detach()
+
+    y2.requires_grad_()
+    (gradient,) = torch.autograd.grad(minibatch_energy_distance(x, x2, y, y2), y2)
+    held = sum((k * plan(a, y2) * cosine_cost(a, y2)).sum() for a, k in ((x, 1), (x2, 1), (y, -2)))
+    torch.testing.assert_close(gradient, torch.autograd.grad(held, y2)[0])
+
+
 def test_energy_has_mean_zero_for_equal_distributions_and_transport_has_not():
     draws = [[batch(8, seed=4 * s + k) for k in range(4)] for s in range(150)]
     energy = torch.stack([minibatch_energy_distance(*d, n_iter=30) for d in draws])

@@ -130,6 +130,29 @@ def test_hinge_has_no_gradient_beyond_its_margin_and_the_generator_has_everywher
     assert far.grad.tolist() == [-0.5, -0.5]
 
 
+def test_fifteen_iterations_before_the_first_pass():
+    W = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    norm = SpectralNorm(W)
+    torch.manual_seed(1)
+    u = nn.functional.normalize(torch.randn(6, dtype=torch.float64), dim=0)
+    for _ in range(15):
+        v = nn.functional.normalize(W.T @ u, dim=0)
+        u = nn.functional.normalize(W @ v, dim=0)
+    torch.testing.assert_close(norm.u, u, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(norm.v, v, rtol=1e-9, atol=1e-12)
+
+
+def test_for_all_layers_of_a_model_and_each_only_once():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 2)))
+    net.apply(lambda m: spectral_norm(m) if isinstance(m, nn.Linear) else None)
+    assert all(parametrize.is_parametrized(layer, "weight") for layer in (net[0], net[2][0]))
+    with pytest.raises(ValueError, match="already"):
+        spectral_norm(net[0])
+    with pytest.raises(ValueError, match=r"no parameter 'weight'"):
+        spectral_norm(net)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="2 axes"):
         SpectralNorm(torch.randn(3))

@@ -48,8 +48,9 @@ def map_page(book: Book) -> str:
     )
     intro = (
         f"{len(rows)} papers, each a point; the nearer, the more alike are their descriptions. The colour is the part of the book, the shape the "
-        "state: a disc is a method whose claims all hold in this build, a diamond one with a claim that does not hold here, a ring is not built "
-        "yet. Point at one to read what it does, or move with the arrow keys; a click opens its page. The table below the map holds the same papers."
+        "state: a disc is a method whose claims all hold in this build, a diamond one with a claim that does not hold here, a pale disc is implemented "
+        "but its chapter is not in this build, a ring is not built yet. Point at one to read what it does, or move with the arrow keys; a click opens "
+        "its page. On a touch screen the first tap tells and the second opens. The table below the map holds the same papers, those with a page first."
     )
     drawing = (
         f'<div class="dlatlas-map"><div class="dlatlas-scroll"><svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="group" '
@@ -102,12 +103,16 @@ def _dots(book: Book, rows: Sequence[catalog.Paper], places: np.ndarray, states:
 def _labels(rows: Sequence[catalog.Paper], places: np.ndarray) -> str:
     """The parts' names above their points."""
     out = []
+    taken: list[tuple[float, float, float]] = []  # middle, height and half width of the words that are placed
     for slug in catalog.parts():
         own = places[[row.part == slug for row in rows]]
         name = catalog.parts()[slug].title.split(" and ")[0].split(",")[0]
         half = 5.2 * len(name)  # about half of the word's width
         x = np.median(own[:, 0]).clip(half, WIDTH - half)
         y = max(np.quantile(own[:, 1], 0.04) - 1.6 * RADIUS, 18.0)
+        while any(abs(x - other) < half + width and abs(y - at) < 22 for other, at, width in taken):
+            y += 4
+        taken.append((x, y, half))
         out.append(f'<text x="{x:.0f}" y="{y:.0f}" aria-hidden="true">{esc(name)}</text>')
     return "\n".join(out)
 
@@ -118,9 +123,9 @@ def _table(book: Book, rows: Sequence[catalog.Paper], states: Mapping[str, str])
         data_row(part=row.part, state=states[row.key], key=row.key) + f'<th scope="row">{a(_address(book, row), esc(row.method))}</th>'
         f'<td>{esc(row.title)}<div class="dlatlas-small">{esc(authors(row, 4))}</div></td>'
         f"<td>{esc(catalog.chapters()[row.chapter].title)}</td><td>{_said(book, row, states[row.key])}</td></tr>"
-        for row in rows
+        for row in sorted(rows, key=lambda row: states[row.key] == "planned")
     )
-    caption = f"<caption>The {count(len(rows), 'paper')} of the map, in the order of the book</caption>"
+    caption = f"<caption>The {count(len(rows), 'paper')} of the map: those with a page first, each group in the order of the book</caption>"
     return f'<div class="dlatlas-scroll"><table class="dlatlas-table" id="map-table">{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 

@@ -523,7 +523,7 @@ def ledger_page(book: Book) -> str:
         facts.append(f"{surprises} against expectation")
     downloads = 'Download: <a href="ledger.csv" download>CSV</a> · <a href="ledger.json" download>JSON</a>'
     parts = [(slug, part.title) for slug, part in catalog.parts().items() if any(r["chapter"].startswith(f"{slug}/") for r in rows)]
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "Measured", "Null", "Verdict", "Paper", "Chapter", "Profile"))
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "Verdict", "Measured", "Null", "Paper", "Chapter", "Profile"))
     body = "\n".join(_ledger_row(book, row) for row in rows)
     table = (
         f'<div class="dlatlas-scroll"><table class="dlatlas-table dlatlas-sortable" id="ledger-table"><thead><tr>{head}</tr></thead>'
@@ -564,7 +564,7 @@ def _ledger_row(book: Book, row: dict[str, Any]) -> str:
         data_row(part=part.slug, verdict="holds" if row["holds"] else "fails")
         + f'<td class="dlatlas-claim-text">{a(cell, esc(row["text"]))}'
         f'<div class="dlatlas-small"><code>{esc(row["criterion"])}</code></div></td>'
-        f'<td class="dlatlas-numbers">{numbers}</td><td class="dlatlas-numbers">{null}</td><td>{verdict(row)}{expected}{seeds}{more}</td>'
+        f'<td>{verdict(row)}{expected}{seeds}{more}</td><td class="dlatlas-numbers">{numbers}</td><td class="dlatlas-numbers">{null}</td>'
         f"<td>{name}{title}</td><td>{a(link('ledger', f'chapters/{chapter.id}'), esc(chapter.title))}<div class='dlatlas-small'>{esc(part.title)}</div></td>"
         f"<td>{esc(str(row['profile']))}<div class='dlatlas-small'>seed {row['seed']}, {esc(str(row['device']))}</div></td></tr>"
     )
@@ -664,7 +664,8 @@ def peers_page(book: Book) -> str:
     table = f'<table class="dlatlas-table dlatlas-sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     text = (
         "Where a well-kept library has the same method, or a piece of it, both were given the same input in double precision while this site was built. "
-        "The largest absolute difference is below; the tests fail when it exceeds what is allowed."
+        "The largest absolute difference is below; the tests fail when it exceeds what is allowed, which leaves room for other versions and processors. "
+        "Some of these methods have their page already and their chapter later."
     )
     return "\n\n".join([WIDE + "(peers)=\n# Beside other libraries", text, raw(f'<div class="dlatlas-scroll">{table}</div>')]) + "\n"
 

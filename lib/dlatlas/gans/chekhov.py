@@ -36,6 +36,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class SnapshotQueue:
     Args:
         capacity: how many are kept; a new one pushes the oldest out.
         every: a state is taken at every `every`-th step that is offered.
-        keep_current: also between these steps the newest place holds a copy of the state that was offered last; as in the paper.
+        keep_current: also between these steps the newest place holds a copy of the parameters and buffers that were offered last; as in the paper.
 
     Raises:
         ValueError: a number below 1.
@@ -92,10 +93,12 @@ class SnapshotQueue:
     def offer(self, module: nn.Module, step: int) -> bool:
         """Keep a copy if `step` is a multiple of `every` (0 is one); tells whether it was kept for good."""
         due = step % self.every == 0
-        if due or (self.keep_current and self._kept):
-            if not due:
-                self._kept.pop()  # the copy of the step before
+        if due:
             self._kept.append(copy.deepcopy(module).eval().requires_grad_(False))
+        elif self.keep_current and self._kept:
+            with torch.no_grad():  # into the copy of the step before: much cheaper than a new one
+                for kept, now in zip(_tensors(self._kept[-1]), _tensors(module), strict=True):
+                    kept.copy_(now)
         return due
 
     def __len__(self) -> int:
@@ -132,6 +135,10 @@ def chekhov_g_loss(G: nn.Module, past_d: SnapshotQueue, z: Tensor, reg: float = 
     _check(past_d, reg, t)
     fake = G(z)
     return sum(softplus(-D(fake)).mean() for D in past_d) / len(past_d) + _regulariser(G, reg, t)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
 
 
 def _check(queue: SnapshotQueue, reg: float, t: int) -> None:

@@ -2,8 +2,9 @@ r"""OT-GAN: the mini-batch energy distance (salimans2018otgan).
 
 Optimal transport moves one heap of points onto another at the least cost. Between two mini-batches it is cheap to compute, but it is a bad loss:
 two batches of the *same* distribution are not equal, the cost between them is positive, and a generator can lower it by putting all samples in the
-middle. The paper subtracts what two batches of the same kind cost each other. What remains has mean zero exactly when both distributions are
-equal, and its gradient over mini-batches estimates the gradient of that mean without bias.
+middle. The paper subtracts what two batches of the same kind cost each other. What remains has mean zero when both distributions are equal (and,
+with the cosine as the cost, also when they differ in the lengths of the vectors only), and its gradient over mini-batches estimates the gradient
+of that mean without bias.
 
 Equations: for costs $C_{ij}$ and plans $M \ge 0$ with row sums $1/n$ and column sums $1/m$,
 

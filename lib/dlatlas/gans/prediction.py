@@ -82,6 +82,9 @@ class Predicted:
     def lookahead(self) -> Iterator[None]:
         r"""Within the context every parameter is at $\theta_{new} + \gamma (\theta_{new} - \theta_{old})$; then it is put back, bit for bit.
 
+        Buffers are not: a forward pass in training mode within the context updates running statistics of batch normalisation at the predicted
+        place, and they stay so.
+
         Raises:
             RuntimeError: no step has been made, or the context is nested.
         """

@@ -98,17 +98,22 @@ class SpectralNorm(nn.Module):
 def spectral_norm(module: nn.Module, name: str = "weight", n_power_iterations: int = 1) -> nn.Module:
     """Normalise a weight of a layer from now on; changes the layer and returns it.
 
+    For all layers of a model: ``model.apply(lambda m: spectral_norm(m) if isinstance(m, nn.Linear) else None)``. The state dict then holds the weight
+    as ``parametrizations.weight.original``, and the buffers beside it.
+
     Args:
-        module: a layer, such as `nn.Linear` or `nn.Conv2d`.
+        module: a layer, such as `nn.Linear` or `nn.Conv2d`, not a model.
         name: its parameter.
         n_power_iterations: iterations in each forward pass.
 
     Raises:
-        ValueError: no parameter of this name, or :class:`SpectralNorm` refuses it.
+        ValueError: no parameter of this name, one that is normalised already, or :class:`SpectralNorm` refuses it.
     """
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
         raise ValueError(f"{type(module).__name__} has no parameter {name!r}; it has {[n for n, _ in module.named_parameters()]}")
+    if parametrize.is_parametrized(module, name) and any(isinstance(p, SpectralNorm) for p in module.parametrizations[name]):
+        raise ValueError(f"expected a parameter without spectral normalisation, got {name!r}, which has it already")
     return parametrize.register_parametrization(module, name, SpectralNorm(weight, n_power_iterations))
 
 
