@@ -46,6 +46,29 @@ def test_equal_figures_have_equal_bytes_and_different_ones_share_no_id(shown):
         assert set(re.findall(r'href="#([^"]+)"', svg)) | set(re.findall(r"url\(#([^)]+)\)", svg)) <= known
 
 
+def test_what_a_chapter_draws_by_itself_takes_the_page_s_colours(shown):
+    fig, (left, right) = plot.figure(1, 2)
+    left.plot([0, 1], [0, 1], label="one")
+    left.plot([0, 1], [1, 0], color="black", label="black")
+    left.plot([0, 1], [1, 1], color="#d55e00", label="kept")
+    left.legend(loc="upper left")
+    bar = fig.colorbar(right.imshow(np.eye(3)), ax=right)
+    right.text(0, 0, "words")
+    right.text(1, 1, "white words", color="white")
+    plot.show(fig, alt="Three lines with a legend, and a picture with a colour bar")
+    assert not left.get_legend().get_frame_on()
+    ink = [*left.get_legend().get_texts(), left.lines[1], right.texts[0], *bar.ax.get_yticklabels()]
+    assert {artist.get_color() for artist in ink} == {plot._INK}
+    assert (left.lines[2].get_color(), right.texts[1].get_color()) == ("#d55e00", "white")
+    svg = svg_of(shown[-1])
+    bare = [
+        group
+        for group in re.findall(r"<g id=[^>]*text_[^>]*>.*?</g>", svg, flags=re.S)
+        if "currentColor" not in group and "#ffffff" not in group
+    ]
+    assert not bare  # text without a colour of its own would be black
+
+
 def test_a_figure_without_alternative_text_is_refused():
     fig, _ = plot.figure()
     with pytest.raises(ValueError, match="alt must say"):

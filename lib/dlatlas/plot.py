@@ -22,6 +22,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.spines import Spine
+from matplotlib.text import Text
 
 TABLE_MIME = "application/vnd.dlatlas.table+json"
 # Distinguishable with the common colour-vision deficiencies and at least 3:1 against white and against #121212.
@@ -223,6 +226,7 @@ def show(fig: Figure, *, alt: str) -> None:
     """
     if not alt or len(alt.split()) < 4:
         raise ValueError(f"alt must say what the figure shows in a sentence, got {alt!r}")
+    _ink(fig)
     for artist in fig.findobj():
         if isinstance(artist, PathCollection) and len(artist.get_offsets()) > _MANY_POINTS:
             artist.set_rasterized(True)
@@ -240,6 +244,25 @@ def show(fig: Figure, *, alt: str) -> None:
         print(picture)
     else:
         display(picture)
+
+
+def _ink(fig: Figure) -> None:
+    """What a chapter drew by itself (legends, colour bars, labels) takes the page's colours too: black would vanish in the dark, white boxes glare."""
+
+    def black(color: Any) -> bool:
+        return color is not None and mpl.colors.is_color_like(color) and mpl.colors.to_hex(color) == "#000000"
+
+    for ax in fig.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            if any(black(label.get_color()) for label in axis.get_ticklabels()):
+                axis.set_tick_params(color=_INK, labelcolor=_INK)  # also of ticks that are made while drawing
+    for artist in fig.findobj():
+        if isinstance(artist, Legend):
+            artist.set_frame_on(False)
+        elif isinstance(artist, Text | mpl.lines.Line2D) and black(artist.get_color()):
+            artist.set_color(_INK)
+        elif isinstance(artist, Spine) and black(artist.get_edgecolor()):
+            artist.set_edgecolor(_INK)
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, caption: str, name: str = "") -> None:
