@@ -43,6 +43,7 @@ def test_memories_are_uniform_and_nothing_else_changes(rnn):
     for suffix in suffixes(rnn):
         new, before = gates(rnn, suffix), gates(old, suffix)
         keep, zero = new["f" if lstm else "z"]
+        assert not zero.any()
         # A gate is the sum of the two biases: its memory 1 + e^b lies between 2 and t_max.
         memory = 1 / (1 - torch.sigmoid((keep + zero).double()))
         assert kstest(memory.numpy(), "uniform", args=(2, 48)).pvalue > 0.01

@@ -105,11 +105,17 @@ def test_runs_that_diverge_are_survived():
         tune(lambda p: math.inf, BOX, 4)
 
 
+def _parts(kernel):
+    """The kernels of which a kernel is made."""
+    return [kernel] if not hasattr(kernel, "k1") else [*_parts(kernel.k1), *_parts(kernel.k2)]
+
+
 def test_pending_points_are_filled_with_the_mean_and_losses_with_their_sign(monkeypatch):
     kept = []
 
     def suggest(self, gp, space, **kwargs):
         kept.append((space.params.copy(), space.target.copy()))
+        assert {k.nu for k in _parts(gp.kernel) if hasattr(k, "nu")} == {2.5}
         return np.array([0.1 * len(kept), 0.5])
 
     monkeypatch.setattr(ExpectedImprovement, "suggest", suggest)

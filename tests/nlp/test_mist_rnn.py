@@ -90,6 +90,8 @@ def test_shortest_path():
 def test_gradients():
     rnn = MISTRNN(2, 3, 3).double()
     assert torch.autograd.gradcheck(lambda x: rnn(x), torch.randn(1, 6, 2, dtype=torch.float64, requires_grad=True))
+    longer = MISTRNN(2, 2, 4).double()  # more steps than the longest delay
+    assert torch.autograd.gradcheck(lambda x: longer(x)[0], torch.randn(1, 11, 2, dtype=torch.float64, requires_grad=True))
     rnn(torch.randn(2, 6, 2, dtype=torch.float64))[0].sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in rnn.parameters())
 

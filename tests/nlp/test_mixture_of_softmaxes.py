@@ -92,3 +92,7 @@ def test_bad_input():
             log_prob_rank(bad)
     with pytest.raises(ValueError, match="rtol"):
         log_prob_rank(torch.zeros(2, 2), rtol=0.0)
+
+
+def test_the_rank_is_relative_to_the_largest_singular_value():
+    assert log_prob_rank(torch.diag(torch.tensor([1.0, 2e-5, 5e-6], dtype=torch.float64))) == 2

@@ -29,7 +29,8 @@ Deviations from the paper:
 1. The kernel is made of torch operations on views of the sequence. The pieces are 32 steps long and the recurrence over the pieces is cut in
    turn, so a sequence takes about $32 \log_{32} T$ operations one after another and work in proportion to $T$. The paper's CUDA kernel has
    one piece a warp and a serial recurrence over the pieces.
-2. The gates see the substitute state of the step before, as in the paper's equations; the published code gives them that of the same step.
+2. The gates see the substitute state of the step before, as in the paper's equations; the published code gives them that of the same step. As in both, there is no tanh on
+   $c_t$.
 
 Later work: A recurrence of this kind, with better ways to set its decays, is the core of S5 (Smith et al., 2023), of the linear recurrent unit
 (Orvieto et al., 2023) and of Mamba (Gu and Dao, 2023), which also makes the decays depend on the input, as the gates do here. Feng et al.

@@ -32,6 +32,7 @@ Deviations from the paper:
 3. The biases $b_d$, $b_p$ start at 1, so that no distance starts in the dead half of the relu.
 4. `tree_from_distances` splits at the largest distance. The parser of the original experiments closes constituents from the right, which
    alone prefers right-branching trees (Dyer et al. 2019).
+5. The prediction reads the memory with a query of its own, $W_l h_t$, weighted by the gates of the next distance.
 
 Later work: Htut, Cho and Bowman (2018, "Grammar induction with neural language models: an unusual replication") find that the published trees came
 from models selected on the test trees, and that PRPN still beats its baselines without. Dyer, Melis and Blunsom (2019, "A critical analysis of
