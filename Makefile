@@ -16,7 +16,7 @@ TORCH_FROM := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-back
 
 export TQDM_DISABLE ?= 1
 
-.PHONY: help env data notebooks book test lint lab chapter student pdf serve seeds full bench browser compiler clean distclean
+.PHONY: help env data notebooks book test lint lab chapter student pdf archive serve seeds full bench browser compiler clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,8 +31,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once; one to three minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.7" 2> >(grep -v "is ignored" >&2) \
-	  && $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --constraint constraints.txt --editable '.[book,test,cluster,lint]' \
-	  || { echo "uv did not succeed, trying pip"; $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[book,test,cluster,lint]'; }
+	  && $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --constraint constraints.txt --editable '.[book,rl,test,cluster,lint]' \
+	  || { echo "uv did not succeed, trying pip"; $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[book,rl,test,cluster,lint]'; }
 	@touch $@
 
 # --- the book --------------------------------------------------------------------------------------------------------
@@ -58,6 +58,9 @@ student: book ## notebooks for a course, without outputs and solutions, in _buil
 
 pdf: book ## the book as one PDF, _build/quick/atlas.pdf (needs a browser: make browser)
 	@$(BIN)/python -m dlatlas.book.pdf --profile $(PROFILE)
+
+archive: book ## the site as one file that works from a folder without network, _build/quick/atlas-site.zip
+	@cd _build/$(PROFILE)/_build && $(abspath $(BIN))/python -m zipfile -c ../atlas-site.zip html && echo "wrote _build/$(PROFILE)/atlas-site.zip: unpack it, open html/index.html"
 
 serve: book ## build, then serve the site at http://localhost:8000 (PORT=...)
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/$(PROFILE)/_build/html $(PORT)

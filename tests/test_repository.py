@@ -35,7 +35,7 @@ def test_environment_yml_is_the_book_extra_of_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == PROJECT["name"]
     pip = next(d for d in environment["dependencies"] if isinstance(d, dict))["pip"]
-    assert pip == ["-e .[book]"]
+    assert pip == ["-e .[book,rl]"]
     assert "book" in PROJECT["optional-dependencies"]
     python = next(d for d in environment["dependencies"] if str(d).startswith("python="))
     assert python.removeprefix("python=") == re.search(r"3\.\d+", PROJECT["requires-python"]).group()

@@ -1,8 +1,10 @@
 """The built site in a headless browser, as a reader without network sees it: from a file, light and dark, on a phone."""
 
+import gzip
 import shutil
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import pytest
 
@@ -38,13 +40,17 @@ def html(request):
     return folder
 
 
-def samples(html: Path) -> list[str]:
-    """Every kind of page: all chapters, the reference pages, some parts and papers."""
+def samples(html: Path, turn: int | None = None) -> list[str]:
+    """Every kind of page: all chapters, the reference pages, some parts and papers.
+
+    `turn` is 0 or 1: every second page, so that two tests that differ in the colours only share the pages.
+    """
     names = [str(path.relative_to(html)) for path in sorted(html.rglob("*.html")) if "_static" not in path.parts]
     chapters = [name for name in names if name.startswith("chapters/")]
     papers = [name for name in names if name.startswith("papers/")]
     top = [name for name in names if "/" not in name and name not in {"search.html", "genindex.html"}]
-    return [*top, *chapters, *papers[:4], "parts/gans.html", "parts/theory.html"]
+    found = [*top, *chapters, *papers[:: max(1, len(papers) // 4)], "parts/gans.html", "parts/theory.html"]
+    return found if turn is None else found[turn::2]
 
 
 class Watched:
@@ -95,12 +101,12 @@ def test_pages_load_without_fault_maths_is_rendered_and_figures_have_alternative
     assert figures > 0
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_phone_shows_every_page_without_sideways_scrolling_and_with_contrast(html, browser, theme):
+@pytest.mark.parametrize(("turn", "theme"), [(0, "light"), (1, "dark")])
+def test_a_phone_shows_every_page_without_sideways_scrolling_and_with_contrast(html, browser, turn, theme):
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=theme, offline=True)
     context.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
     watched = Watched(context)
-    for name in samples(html):
+    for name in samples(html, turn):
         page = watched.open(html / name)
         assert page.evaluate("document.documentElement.dataset.theme") == theme
         width = page.evaluate("document.documentElement.scrollWidth")
@@ -134,13 +140,13 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_no_serious_violation(html, browser, theme):
+@pytest.mark.parametrize(("turn", "theme"), [(1, "light"), (0, "dark")])
+def test_axe_finds_no_serious_violation(html, browser, turn, theme):
     axe = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=theme, offline=True)
     context.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
     watched = Watched(context)
-    for name in samples(html):
+    for name in samples(html, turn):
         page = watched.open(html / name)
         page.evaluate(axe)
         found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
@@ -218,3 +224,20 @@ def test_the_ledger_sorts_by_a_column(html, desktop):
     assert column.all_inner_texts() == upwards[::-1]
     assert page.locator("#ledger-table th[aria-sort=descending]").count() == 1
     assert not desktop.faults
+
+
+def test_a_chapter_weighs_little_and_shows_itself_at_once(html, browser):
+    """Everything that a page loads, as a server sends it (compressed) and as it lies on disk; text within a second of opening the file."""
+    for name in (name for name in samples(html) if name.startswith("chapters/")):
+        context = browser.new_context(viewport={"width": 390, "height": 844}, offline=True)
+        watched = Watched(context)
+        loaded: set[Path] = set()
+        watched.page.on(
+            "request", lambda r, loaded=loaded: loaded.add(Path(unquote(urlparse(r.url).path))) if r.url.startswith("file:") else None
+        )
+        page = watched.open(html / name)
+        sent = sum(len(gzip.compress(path.read_bytes(), 6)) for path in loaded)
+        assert sent <= 2.5e6, f"{name} sends {sent / 1e6:.2f} MB"
+        paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0")
+        assert 0 < paint < 1000, f"{name} shows itself after {paint:.0f} ms"
+        context.close()

@@ -134,3 +134,11 @@ def test_every_module_of_the_library_can_be_read():
             head = entry.signature.removeprefix("class ").split("  # ")[0]
             if entry.kind == "function":
                 ast.parse(f"def {head}: ...")
+
+
+def test_an_example_is_a_script_apart_from_the_text():
+    doc = "Title.\n\nText.\n\nExample:\n    import torch\n\n    for i in range(2):\n        print(i)\n\nLater work: none.\n"
+    text, script = docs.split_example(doc)
+    assert script == "import torch\n\nfor i in range(2):\n    print(i)"
+    assert "import" not in text and text.startswith("Title.") and text.endswith("Later work: none.")
+    assert docs.split_example("Title.\n\nExample: none.") == ("Title.\n\nExample: none.", "")

@@ -37,6 +37,7 @@ class Module:
     doc: str
     entries: tuple[Entry, ...]
     lines: int
+    example: str = ""  # what stands under "Example:" in the docstring, as a script; `doc` is without it
 
 
 def read(path: Path) -> Module:
@@ -51,7 +52,8 @@ def read(path: Path) -> Module:
         and (node.name in listed if listed is not None else not node.name.startswith("_"))
     ]
     entries = tuple(_class(node) if isinstance(node, ast.ClassDef) else _function(node, "function") for node in public)
-    return Module(ast.get_docstring(tree) or "", entries, len(source.splitlines()))
+    doc, example = split_example(ast.get_docstring(tree) or "")
+    return Module(doc, entries, len(source.splitlines()), example)
 
 
 def _all(tree: ast.Module) -> set[str] | None:
@@ -233,6 +235,17 @@ def split_idea(doc: str) -> tuple[str, str]:
         if plain and "\n" in following.strip("\n") and not _underlined(following.splitlines(), 0):
             take = 2
     return "\n\n".join(paragraphs[:take]), "\n\n".join(paragraphs[take:])
+
+
+def split_example(doc: str) -> tuple[str, str]:
+    """(the docstring without its example, the example as a script); the example is the indented block under ``Example:``."""
+    lines = inspect.cleandoc(doc).splitlines()
+    if "Example:" not in lines:
+        return doc, ""
+    at = lines.index("Example:")
+    end = _indented_until(lines, at + 1)
+    script = "\n".join(_dedent(lines[at + 1 : end])).strip("\n")
+    return "\n".join([*lines[:at], *lines[end:]]).strip("\n"), script
 
 
 def to_myst(doc: str, *, level: int = 3) -> str:

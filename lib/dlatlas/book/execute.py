@@ -39,7 +39,15 @@ PROBE = "from dlatlas.book.probe import report\nreport()"
 # Seconds that design allows a chapter in the quick profile, on one core.
 BUDGET = {"rl": 180}
 DEFAULT_BUDGET = 90
-KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+KERNEL_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TQDM_DISABLE": "1",
+    "PYTHONHASHSEED": "0",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    # Arrays of megabytes are made and dropped all the time; giving their pages back to the system costs more than the arithmetic on them.
+    "MALLOC_TRIM_THRESHOLD_": "500000000",
+    "MALLOC_MMAP_THRESHOLD_": "100000000",
+}
 
 
 class ChapterError(RuntimeError):

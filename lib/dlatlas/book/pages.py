@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from dlatlas import catalog
-from dlatlas.book import docs, ledger, peers
+from dlatlas.book import docs, examples, ledger, peers
 from dlatlas.book.field import describe, nearest, relations
 from dlatlas.claims import Claim
 from dlatlas.plot import html_table
@@ -68,6 +68,7 @@ class Book:
     build: dict[str, Any]
     seeds: dict[str, Any] = field(default_factory=dict)
     full: dict[str, dict[str, Any]] = field(default_factory=dict)
+    printed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -76,18 +77,29 @@ class Book:
         """Everything about these chapters, whose executed notebooks are below `source`.
 
         Raises:
-            SiteError: a notebook whose claims were altered, or a record that cannot be read.
+            SiteError: a notebook whose claims were altered, a record that cannot be read, or an example that does not run.
         """
         executed = {name: _executed(root, source, name) for name in chapters}
         results = root / "book" / "results"
         seeds = _json(results / "seeds.json").get("chapters", {})
         full = {name: record for name in catalog.chapters() if (record := _json(results / "full" / f"{name}.json"))}
-        return cls(root, profile, repository, branch, executed, build, seeds, full)
+        book = cls(root, profile, repository, branch, executed, build, seeds, full)
+        scripts = {key: module.example for key, module in book.modules.items() if module.example}
+        try:
+            book.printed = examples.outputs(scripts, source.parent / "examples.json")
+        except examples.ExampleError as error:
+            raise SiteError(str(error)) from None
+        return book
 
     @cached_property
     def implemented(self) -> dict[str, catalog.Paper]:
         """Papers whose module is in the library of this checkout."""
         return {key: p for key, p in catalog.papers().items() if (self.root / p.source).is_file()}
+
+    @cached_property
+    def modules(self) -> dict[str, docs.Module]:
+        """What the modules of the implemented papers say about themselves."""
+        return {key: docs.read(self.root / row.source) for key, row in self.implemented.items()}
 
     @cached_property
     def descriptions(self) -> dict[str, str]:
@@ -275,7 +287,7 @@ def data_row(**data: str) -> str:
 def paper_page(book: Book, row: catalog.Paper) -> str:
     """Everything about one implemented paper."""
     here = f"papers/{row.key}"
-    module = docs.read(book.root / row.source)
+    module = book.modules[row.key]
     idea, rest = docs.split_idea(module.doc)
     # The docstring's title line says what the page's own title says.
     idea = re.sub(rf"^[^\n]*\({re.escape(row.key)}\)\.?\n\n", "", idea)
@@ -284,9 +296,16 @@ def paper_page(book: Book, row: catalog.Paper) -> str:
     if idea:
         out += ["## The idea", docs.to_myst(idea, level=0)]
     out += ["## What was measured", raw(_measured(book, row, claims, here))]
+    if module.example:
+        out += [
+            "## In your own code",
+            f"```python\n{module.example}\n```",
+            "It prints (this very script ran when the page was built):",
+            f"```text\n{book.printed[row.key]}\n```",
+        ]
     if rest.strip():
         out += ["## How it is done here", docs.to_myst(rest, level=3)]
-    out += ["## In code", _api(row, module)]
+    out += ["## Interface", _api(row, module)]
     out += [
         # Colons: a fence of backticks may have none in its title.
         f"::::{{dropdown}} Source: `{row.source}`, {module.lines} lines\n:class-container: dlatlas-source\n\n"
@@ -344,11 +363,11 @@ def _related(book: Book, row: catalog.Paper, here: str) -> str:
     users = [key for key, other in book.relations.items() if row.key in other["builds"]]
     sharing = [key for key, other in book.relations.items() if key != row.key and set(other["parts"]) & set(own["parts"])]
     facts = {
-        "Builds on": [_method(book, papers[key], here) for key in own["builds"]],
-        "Used by": [_method(book, papers[key], here) for key in users],
+        "Builds on": [method_link(book, papers[key], here) for key in own["builds"]],
+        "Used by": [method_link(book, papers[key], here) for key in users],
         "Made with": [external(f"{book.repository}/blob/{book.branch}/lib/dlatlas/{n.replace('.', '/')}.py", n) for n in own["parts"]],
-        "Shares these with": [_method(book, papers[key], here) for key in sharing],
-        "Described most alike": [_method(book, other, here) for other in book.nearest[row.key]],
+        "Shares these with": [method_link(book, papers[key], here) for key in sharing],
+        "Described most alike": [method_link(book, other, here) for other in book.nearest[row.key]],
     }
     lines = [f"<dt>{name}</dt><dd>{', '.join(values)}</dd>" for name, values in facts.items() if values]
     return f'<dl class="dlatlas-related">{"".join(lines)}</dl>\n<p>{a(link(here, "map"), "See it on the map")}</p>'
@@ -386,7 +405,7 @@ def _signature(entry: docs.Entry) -> str:
 def _papers_table(book: Book, rows: list[catalog.Paper], here: str) -> str:
     """A short table of papers: method, paper, state."""
     body = "".join(
-        f'<tr><th scope="row">{_method(book, row, here)}</th><td>{esc(row.title)}<br><span class="dlatlas-small">{esc(authors(row, 4))}</span></td>'
+        f'<tr><th scope="row">{method_link(book, row, here)}</th><td>{esc(row.title)}<br><span class="dlatlas-small">{esc(authors(row, 4))}</span></td>'
         f"<td>{_state(book, row)}</td></tr>"
         for row in rows
     )
@@ -394,7 +413,8 @@ def _papers_table(book: Book, rows: list[catalog.Paper], here: str) -> str:
     return f'<div class="dlatlas-scroll"><table class="dlatlas-table dlatlas-papers">{head}<tbody>{body}</tbody></table></div>'
 
 
-def _method(book: Book, row: catalog.Paper, here: str) -> str:
+def method_link(book: Book, row: catalog.Paper, here: str) -> str:
+    """The method's name, linked to its page where it has one."""
     name = esc(row.method)
     return a(link(here, f"papers/{row.key}"), name) if row.key in book.implemented else name
 
@@ -557,13 +577,14 @@ def _ledger_row(book: Book, row: dict[str, Any]) -> str:
     seeds = f'<div class="dlatlas-small">{over[0]} of {over[1]} seeds</div>' if over else ""
     full = book.full_of(row)
     more = f'<div class="dlatlas-small">full: {verdict(full["claim"])}</div>' if full else ""
-    name = _method(book, paper, "ledger") if paper else esc(row["key"])
+    name = method_link(book, paper, "ledger") if paper else esc(row["key"])
     title = f'<div class="dlatlas-small">{esc(paper.title)}</div>' if paper else ""
     cell = link("ledger", f"chapters/{chapter.id}", f"claim-{row['id']}")
+    reported = f'<div class="dlatlas-small">The paper reports: {esc(row["reported"])}</div>' if row.get("reported") else ""
     return (
         data_row(part=part.slug, verdict="holds" if row["holds"] else "fails")
         + f'<td class="dlatlas-claim-text">{a(cell, esc(row["text"]))}'
-        f'<div class="dlatlas-small"><code>{esc(row["criterion"])}</code></div></td>'
+        f'<div class="dlatlas-small"><code>{esc(row["criterion"])}</code></div>{reported}</td>'
         f'<td>{verdict(row)}{expected}{seeds}{more}</td><td class="dlatlas-numbers">{numbers}</td><td class="dlatlas-numbers">{null}</td>'
         f"<td>{name}{title}</td><td>{a(link('ledger', f'chapters/{chapter.id}'), esc(chapter.title))}<div class='dlatlas-small'>{esc(part.title)}</div></td>"
         f"<td>{esc(str(row['profile']))}<div class='dlatlas-small'>seed {row['seed']}, {esc(str(row['device']))}</div></td></tr>"
@@ -592,69 +613,13 @@ def arenas_page(book: Book) -> str:
     return "\n\n".join(out) + "\n"
 
 
-# --- tracks -----------------------------------------------------------------------------------------------------------
-
-
-def tracks_page(book: Book) -> str:
-    """The reading paths of ``book/tracks.yml``, and which chapter asks to be read after which.
-
-    Raises:
-        SiteError: the file is not a list of tracks, or a step names no paper of the catalogue.
-    """
-    path = book.root / "book" / "tracks.yml"
-    tracks = yaml.safe_load(path.read_text(encoding="utf-8"))
-    out = [
-        "(tracks)=\n# Tracks",
-        "Paths through the book for one purpose each. A step is a section of minutes; what is not built yet is said, so that you can skip it.",
-    ]
-    for track in tracks:
-        out += [f"## {docs.escape(track['title'])}", docs.escape(track["for"])]
-        keys = [key for key, _ in track["steps"]]
-        if unknown := [key for key in keys if key not in catalog.papers()]:
-            raise SiteError(f"{path}: the track {track['title']!r} names {', '.join(unknown)}, which the catalogue does not hold")
-        steps = "".join(_step(book, catalog.papers()[key], reason) for key, reason in track["steps"])
-        out.append(raw(f'<ol class="dlatlas-track">{steps}</ol>'))
-    out += ["## What to read before", raw(_prerequisites(book))]
-    return "\n\n".join(out) + "\n"
-
-
-def _step(book: Book, row: catalog.Paper, reason: str) -> str:
-    executed = book.chapters.get(row.chapter)
-    if executed is None:
-        name, state = _method(book, row, "tracks"), '<span class="dlatlas-state">chapter not built yet</span>'
-    else:
-        anchor = row.key if row.key in executed.labels else ""
-        name = a(link("tracks", executed.page, anchor), esc(row.method))
-        state = f'<span class="dlatlas-small">{held(claims)}</span>' if (claims := book.claims_of(row.key)) else ""
-    where = esc(catalog.chapters()[row.chapter].title)
-    return f'<li>{name}. {esc(reason)} <span class="dlatlas-small">{where}.</span> {state}</li>'
-
-
-def _prerequisites(book: Book) -> str:
-    """The chapters of this build as a list, each with what it asks to be read first."""
-    items = []
-    for name, executed in book.chapters.items():
-        before = [
-            a(link("tracks", f"chapters/{other}"), esc(catalog.chapters()[other].title))
-            if other in book.chapters
-            else f"{esc(catalog.chapters()[other].title)} (not built yet)"
-            for other in executed.prerequisites
-        ]
-        asks = f"after {', '.join(before)}" if before else "can be read first"
-        times = f"{minutes(executed.words)} to read, runs in {seconds(executed.record.get('seconds') or 0)}"
-        items.append(
-            f"<li>{a(link('tracks', f'chapters/{name}'), esc(executed.chapter.title))}: {asks} <span class=dlatlas-small>{times}</span></li>"
-        )
-    return f"<ul>{''.join(items)}</ul>" if items else "<p>No chapter of this build yet.</p>"
-
-
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
 def peers_page(book: Book) -> str:
     """The comparisons with other libraries, measured while the site is built."""
     rows = [
-        f'<tr><th scope="row">{_method(book, catalog.papers()[peer.key], "peers")}</th><td>{esc(peer.what)}</td><td><code>{esc(peer.peer)}</code></td>'
+        f'<tr><th scope="row">{method_link(book, catalog.papers()[peer.key], "peers")}</th><td>{esc(peer.what)}</td><td><code>{esc(peer.peer)}</code></td>'
         f'<td class="dlatlas-numbers">{figure(difference) if difference else "0"}</td><td class="dlatlas-numbers">{figure(peer.tolerance) if peer.tolerance else "0"}</td>'
         f"<td>{esc(peer.reason)}</td></tr>"
         for peer, difference in peers.measure()
@@ -708,7 +673,7 @@ def status_page(book: Book) -> str:
 def _status_row(book: Book, row: catalog.Paper) -> str:
     return (
         data_row(part=row.part, state="implemented" if row.key in book.implemented else "planned")
-        + f'<th scope="row" id="{row.key}">{_method(book, row, "status")}</th>'
+        + f'<th scope="row" id="{row.key}">{method_link(book, row, "status")}</th>'
         f'<td>{esc(row.title)}<div class="dlatlas-small">{esc(authors(row, 6))}</div></td><td>{_state(book, row)}</td><td>{paper_links(row)}</td></tr>'
     )
 
@@ -730,7 +695,6 @@ def generate(book: Book, skeleton: dict[str, Any]) -> dict[str, str]:
     out = {f"papers/{key}.md": paper_page(book, row) for key, row in book.implemented.items()}
     out |= {f"parts/{slug}.md": part_page(book, part) for slug, part in catalog.parts().items()}
     return out | {
-        "tracks.md": tracks_page(book),
         "ledger.md": ledger_page(book),
         "arenas.md": arenas_page(book),
         "peers.md": peers_page(book),

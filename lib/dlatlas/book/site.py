@@ -26,7 +26,7 @@ from urllib.parse import unquote
 import yaml
 
 from dlatlas import catalog
-from dlatlas.book import atlas_map, execute, ledger, pages, portable
+from dlatlas.book import atlas_map, execute, ledger, pages, portable, tracks
 from dlatlas.book.pages import Book, SiteError
 from dlatlas.book.probe import LIBRARY
 
@@ -84,6 +84,7 @@ def _stage(book: Book, source: Path) -> dict[str, str]:
     """Write all sources, remove those of an earlier build that are gone, and return the digest of each."""
     skeleton = yaml.safe_load((book.root / "book" / "_toc.yml").read_text(encoding="utf-8"))
     files: dict[str, bytes] = {name: text.encode() for name, text in pages.generate(book, skeleton).items()}
+    files["tracks.md"] = tracks.tracks_page(book).encode()
     files["map.md"] = atlas_map.map_page(book).encode()
     files["_toc.yml"] = yaml.safe_dump(pages.toc(book, skeleton), sort_keys=False, allow_unicode=True).encode()
     for path in sorted((book.root / "book").glob("*.md")):

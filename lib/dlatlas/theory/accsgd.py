@@ -28,6 +28,24 @@ Later work: Ma and Yarats (2019) show that AccSGD is a special case of quasi-hyp
 Nesterov's momentum by one further term and prove acceleration for models that fit all samples. Gupta, Siegel and Wojtowytsch
 (2024) prove that Nesterov's momentum does accelerate under noise whose variance is proportional to the squared gradient, while
 the factor of proportion stays below 1, and give a variant for any factor.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.theory.accsgd import AccSGD
+
+    x = torch.randn(512, 20) * torch.logspace(0, -1.5, 20)  # some directions are rarely seen
+    y = x @ torch.randn(20, 1)
+    model = nn.Linear(20, 1)
+    optimizer = AccSGD(model.parameters(), lr=0.2, kappa=100.0, xi=10.0)  # in the place of torch.optim.SGD
+    for step in range(601):
+        batch = torch.randint(512, (32,))
+        loss = nn.functional.mse_loss(model(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 200 == 0:
+            print(f"step {step}: loss {nn.functional.mse_loss(model(x), y).item():.5f}")
 """
 
 from __future__ import annotations

@@ -33,6 +33,23 @@ Later work: a comparison of fifteen optimizers with equal tuning budgets (Schmid
 consistent advantage of AMSGrad over Adam on networks. Zhang et al. (2022) proved that unmodified Adam converges to a
 neighbourhood of stationary points if $\beta_2$ is chosen large enough after the problem is given: the counterexample needs a
 problem that is chosen after $\beta_2$.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.theory.amsgrad import AMSGrad
+
+    x = torch.randn(256, 10)
+    y = x.square().sum(1, keepdim=True)
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = AMSGrad(model.parameters(), lr=1e-2)  # in the place of torch.optim.Adam
+    for step in range(301):
+        loss = nn.functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss:.3f}")
 """
 
 from __future__ import annotations

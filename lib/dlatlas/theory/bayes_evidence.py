@@ -28,6 +28,17 @@ Later work: Smith et al. (2018) trade a decaying step for a growing batch; McCan
 the largest useful batch. Shallue et al. (2019) find no loss of test accuracy with large batches once every
 hyper-parameter is tuned anew, and Geiping et al. (2022) recover it without noise by explicit regularisation. Lotfi et al. (2022) show that the evidence
 can rank trained networks wrongly: it answers how likely the labels were under the prior, not how well the model predicts.
+
+Example:
+    import torch
+    from dlatlas.theory.bayes_evidence import fit_laplace_logistic, log_ratio_to_null, optimal_batch
+
+    x = torch.randn(200, 5, dtype=torch.float64)
+    for name, y in {"real labels": (x[:, 0] > 0).long(), "coin flips": torch.randint(2, (200,))}.items():
+        fit = fit_laplace_logistic(x, y, lam=1.0)
+        evidence = log_ratio_to_null(fit["nll"], float(fit["w"] @ fit["w"]), fit["eigs"], 1.0, n=200, n_classes=2)
+        print(f"{name}: log evidence above guessing {evidence:.1f}")  # below 0: do not trust the fit
+    print("batch for a noise scale of 5 at learning rate 0.1:", round(optimal_batch(lr=0.1, n=60_000, g_opt=5.0)))
 """
 
 from __future__ import annotations

@@ -31,6 +31,18 @@ Deviations from the paper:
 Later work: Du, Lee, Tian, Poczos and Singh (2018) learn the output weights too and find a spurious minimum that descent meets with
 constant probability. Goel, Klivans and Meka (2018) learn overlapping patches by a simple stochastic rule from any start.
 Yehudai and Shamir (2020) show that some assumption on the inputs is needed even for one rectifier.
+
+Example:
+    import torch
+    from dlatlas.theory.conv_filter import filter_net, learn_filter
+
+    teacher = torch.randn(9, dtype=torch.float64)
+    patches = torch.randn(2000, 4, 9, dtype=torch.float64)  # [samples, patches, pixels of a patch]
+    labels = filter_net(teacher, patches)
+    starts = torch.randn(5, 9, dtype=torch.float64) / 3  # five starts side by side
+    path = learn_filter(patches, labels, starts, lr=1.0, steps=200)
+    for step in (0, 50, 200):
+        print(f"step {step}: distances to the teacher", (path[step] - teacher).norm(dim=1).round(decimals=3).tolist())
 """
 
 from __future__ import annotations

@@ -30,6 +30,18 @@ Deviations from the paper:
 
 Later work: one-to-one correspondence for general non-convex M-estimation had been proved before, by Mei, Bai and Montanari (preprint of
 2016, published in 2018). Nagarajan and Kolter (2019) showed that uniform convergence over norm balls cannot explain how well over-parameterised nets generalise.
+
+Example:
+    import torch
+    from dlatlas.theory.empirical_landscape import sup_gradient_gap
+
+    true_map = torch.randn(3, 5, dtype=torch.float64)
+    nets = [[torch.randn(4, 5, dtype=torch.float64) / 5, torch.randn(3, 4, dtype=torch.float64) / 5] for _ in range(50)]
+    for n in (100, 400, 1600):
+        x = torch.randn(n, 5, dtype=torch.float64)
+        y = x @ true_map.T + 0.1 * torch.randn(n, 3, dtype=torch.float64)
+        gap = sup_gradient_gap(nets, x, y, Sigma=torch.eye(5, dtype=torch.float64), B_star=true_map)
+        print(f"{n} samples: the gradients of 50 nets differ from the population's by at most {gap:.3f}")
 """
 
 from __future__ import annotations

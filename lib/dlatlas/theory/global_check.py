@@ -30,6 +30,19 @@ Later work: Laurent and von Brecht (2018) prove that all local minima of deep li
 loss if no hidden layer is a bottleneck. Trager, Kohn and Bruna (2020) separate the critical points of the function from those
 that only the parametrisation makes. Yun, Sra and Jadbabaie (2019) show the limit of the result: almost any
 non-linearity brings spurious minima back.
+
+Example:
+    import torch
+    from dlatlas.theory.global_check import check_global, global_value
+
+    x = torch.randn(4, 50, dtype=torch.float64)
+    y = torch.randn(3, 4, dtype=torch.float64) @ x + 0.1 * torch.randn(3, 50, dtype=torch.float64)
+    regression = y @ x.T @ torch.linalg.inv(x @ x.T)
+    left, values, right = torch.linalg.svd(regression @ torch.linalg.cholesky(x @ x.T), full_matrices=False)
+    for kept in ([0, 1], [0, 2]):  # the two largest singular directions, or the wrong two
+        first = left[:, kept].T @ regression
+        print(kept, check_global([first, left[:, kept]], x, y))  # a net with two hidden units
+    print("least loss of rank 2:", round(global_value(x, y, k=2), 4))
 """
 
 from __future__ import annotations

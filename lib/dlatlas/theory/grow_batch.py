@@ -29,6 +29,17 @@ effects of data parallelism") found that the batch up to which larger batches sa
 magnitude between workloads, and that no simple scaling rule holds for all. McCandlish et al. (2018, "An empirical model of
 large-batch training") predict that batch from the gradient's own noise and find that it grows during training, which
 supports growing batches. Large language models are now commonly trained with batch sizes that are raised during training.
+
+Example:
+    from dlatlas.theory.grow_batch import DecayLR, GrowBatch, noise_scale
+
+    grow = GrowBatch(lr=0.1, batch=128, milestones=[60, 120, 160], factor=5, max_batch=5120)
+    decay = DecayLR(lr=0.1, batch=128, milestones=[60, 120, 160], factor=5)
+    for epoch in (0, 60, 120, 160):
+        (lr, batch), (slow, small) = grow.at(epoch), decay.at(epoch)
+        scales = [noise_scale(lr, 50_000, batch), noise_scale(slow, 50_000, small)]
+        print(f"epoch {epoch}: batch {batch}, step {lr:g}; or {small}, {slow:g}. Noise scales {scales[0]:.2f}, {scales[1]:.2f}")
+    print("updates in 200 epochs:", grow.updates(50_000, 200), "or", decay.updates(50_000, 200))
 """
 
 from __future__ import annotations

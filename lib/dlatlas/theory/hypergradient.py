@@ -25,6 +25,23 @@ clipped, so look at `group['lr']`.
 Later work: Chandra et al. (2022) let the rate of the rate be learnt as well, and find that a taller stack of such rules depends
 less on its first guess. The rule looks one step ahead only, so it inherits the short-horizon bias that Wu et al. (2018)
 describe: with noisy gradients it tends to choose rates that are too small.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.theory.hypergradient import SGDHD
+
+    x = torch.randn(512, 20)
+    y = torch.tanh(x @ torch.randn(20, 1))
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 1))
+    optimizer = SGDHD(model.parameters(), lr=1e-4, hypergrad_lr=1e-2)  # starts far too slow
+    for step in range(401):
+        loss = nn.functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"step {step}: learning rate {optimizer.param_groups[0]['lr']:.4f}, loss {loss:.4f}")
 """
 
 from __future__ import annotations

@@ -44,6 +44,34 @@ Later work: The Kronecker view of sums over shared weights was taken up for othe
 "Kronecker-factored approximate curvature for modern neural network architectures") call the two ways of handling the sum K-FAC-expand and
 K-FAC-reduce. `independent` is of the first kind. Attention replaced recurrence in language modelling, and Kronecker-factored
 preconditioning is used there through Shampoo and SOAP, which do not model time.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.theory.kfac_rnn import KFACRNN
+
+    cell, readout = nn.RNNCell(1, 16), nn.Linear(16, 1)
+    optimizer, plain = KFACRNN(cell, lr=0.1, damping=0.1), torch.optim.SGD(readout.parameters(), lr=0.1)
+
+
+    def predict(x):  # [time, batch, 1] -> the last output [batch, 1]
+        h = x.new_zeros(x.shape[1], 16)
+        for now in x:
+            h = cell(now, h)
+        return readout(h)
+
+
+    for step in range(151):
+        x = torch.randn(10, 128, 1)
+        with optimizer.record():  # the Fisher matrix, from targets drawn from the model itself
+            mean = predict(x)
+            (0.5 * (mean - mean.detach() - torch.randn_like(mean)) ** 2).mean().backward()
+        cell.zero_grad(), readout.zero_grad()
+        loss = (predict(x) - torch.tanh(x.sum(0))).square().mean()
+        loss.backward()
+        optimizer.step(), plain.step()
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss.item():.3f}")
 """
 
 from __future__ import annotations

@@ -36,6 +36,30 @@ Deviations from the paper:
 Later work: Safran and Shamir (2018) prove by computer that the plain squared loss has spurious minima from six hidden units on when
 student and teacher have equally many, and find that a few more units make them rare. Ge et al. (2019) treat inputs with any
 symmetric distribution, Awasthi, Tang and Vijayaraghavan (2021) networks with biases.
+
+Example:
+    import torch
+    from dlatlas.theory.landscape_design import population_G, population_squared_loss, recovery_error
+
+    teacher = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64)).Q  # 20 hidden units
+    ones = torch.ones(20, dtype=torch.float64)
+    start = torch.randn(20, 20, dtype=torch.float64) / 20**0.5
+    losses = {
+        "squared loss": lambda rows: population_squared_loss(rows, teacher, ones),
+        "designed loss": lambda rows: population_G(rows, teacher, ones, mu=1 / 30, lam=1.0),  # no bad minima
+    }
+    for name, loss in losses.items():
+        rows = start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([rows], max_iter=500, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss(rows)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        print(f"{name}: largest error of a unit's direction {recovery_error(rows.detach(), teacher):.4f}")
 """
 
 from __future__ import annotations

@@ -31,6 +31,18 @@ Later work: Yun, Sra and Jadbabaie (2019) show that such minima exist for almost
 Laurent and von Brecht (2018) extend the statement for linear nets to every convex differentiable loss, as long as no hidden
 layer is narrower than both the input and the output. Trager, Kohn and Bruna (2020) explain it geometrically, and
 Achour, Malgouyres and Gerchinovitz (2024) sort the saddles of deep linear nets by whether second derivatives show the way down.
+
+Example:
+    import torch
+    from dlatlas.theory.linear_critical import all_values, shallow_critical
+
+    x, y = torch.randn(5, 100, dtype=torch.float64), torch.randn(3, 100, dtype=torch.float64)
+    for kept, value in all_values(x, y, d1=2).items():  # every loss at which a net with two hidden units can rest
+        second, first = shallow_critical(x, y, d1=2, indices=kept)
+        first, second = first.requires_grad_(), second.requires_grad_()
+        loss = 0.5 * (second @ first @ x - y).square().sum()
+        slope = sum(g.norm().item() for g in torch.autograd.grad(loss, [first, second]))
+        print(f"eigenvalues {kept}: loss {value:.3f}, gradient {slope:.0e}")
 """
 
 from __future__ import annotations

@@ -28,6 +28,17 @@ Deviations from the paper:
 Later work: Trager, Kohn and Bruna (2020) describe the same effect by the differential of the parametrisation and separate "pure" critical
 points, which the function has, from "spurious" ones. Levin, Kileel and Boumal (2024) study for which lifts, matrix
 factorisations among them, local minima and points of second order map to such points of the original problem.
+
+Example:
+    import torch
+    from dlatlas.theory.local_openness import is_locally_open, openness_ratio
+
+    wide = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    dead = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    dead[0][0, 0] = 1.0  # a hidden unit that leads nowhere
+    for name, (first, second) in {"random factors": wide, "dead unit": dead}.items():
+        ratios = [openness_ratio(first, second, eps, trials=5) for eps in (1e-2, 1e-4)]
+        print(f"{name}: open {is_locally_open(first, second)}, distance of factors / root of distance of products {ratios[0]:.2f}, {ratios[1]:.2f}")
 """
 
 from __future__ import annotations

@@ -32,6 +32,22 @@ Deviations from the paper:
 Later work: The idea moved from gradients to activations: SLIDE (Chen et al. 2020) uses such tables to pick the neurons of wide layers,
 and MONGOOSE (Chen et al. 2021) learns the hash functions. For gradients, importance sampling by cheaper bounds (Katharopoulos and Fleuret
 2018) is more common. Large weights $1/p$ make the tails heavy, which mini-batches of uniform samples do not have.
+
+Example:
+    import torch
+    from dlatlas.theory.lsh_sgd import SimHashSampler, lgd_gradient
+
+    x = torch.nn.functional.normalize(torch.randn(1000, 10), dim=1)
+    y = x @ torch.randn(10) + 3.0 * (torch.rand(1000) < 0.02)  # a few large residuals
+    theta = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    sampler = SimHashSampler(torch.cat([x, y[:, None]], 1))
+    query = torch.cat([theta, -torch.ones(1)])
+    residual = (x @ theta - y).abs()
+    drawn = [sampler.sample(query)[0] for _ in range(300)]
+    print(f"mean residual: all samples {residual.mean():.3f}, drawn samples {residual[drawn].mean():.3f}")
+    exact = 2 * ((x @ theta - y)[:, None] * x).mean(0)
+    estimate = torch.stack([lgd_gradient(sampler, x, y, theta) for _ in range(300)]).mean(0)
+    print(f"mean of 300 estimates is off by {(estimate - exact).norm():.3f}; norm of one sample's gradient {(2 * residual.mean()):.3f}")
 """
 
 from __future__ import annotations

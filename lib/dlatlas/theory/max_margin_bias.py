@@ -28,6 +28,17 @@ Later work: Ji and Telgarsky (2019) treat data that are not separable; Nacson et
 with stochastic gradients. Lyu and Li (2020) extend the statement to homogeneous networks, where the limit is a stationary point of a margin problem. Other
 geometries have other limits: coordinate descent, sign descent and Adam lead to other norms than the Euclidean one. Wu et al. (2023) keep the
 conclusion for logistic regression at steps above $2/\beta$, where the loss no longer falls monotonically.
+
+Example:
+    import torch
+    from dlatlas.theory.max_margin_bias import direction_gap, gd_path, hard_margin_svm
+
+    y = torch.tensor([1.0, -1.0]).repeat(50)
+    x = torch.randn(100, 2) * 0.5 + y[:, None] * torch.tensor([2.0, 1.0])
+    svm = hard_margin_svm(x, y)
+    steps = (10, 100, 1000, 10_000)
+    for step, w in zip(steps, gd_path(x, y, record=steps)):  # logistic regression by gradient descent, nothing else
+        print(f"after {step} steps: length {w.norm():.2f}, distance to the max-margin direction {direction_gap(w, svm):.3f}")
 """
 
 from __future__ import annotations

@@ -38,6 +38,26 @@ Later work: Without regularisers and between resets the method is Nesterov's mom
 come from the reset schedule, the regularisers and tuning. The authors report that it failed on a sequence-to-sequence speech
 model. It is not part of the common libraries. A benchmark of fifteen optimisers with tuned steps (Schmidt et al. 2021, "Descending
 through a crowded valley") found none that wins across tasks.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.theory.neumann import Neumann, neumann_solve
+
+    A = torch.diag(torch.linspace(0.1, 1.0, 10))
+    for terms in (10, 100):
+        print(f"{terms} terms: residual {(A @ neumann_solve(lambda m: A @ m, torch.ones(10), lr=1.0, steps=terms) - 1).norm():.1e}")
+    x = torch.randn(512, 20)
+    y = torch.tanh(x @ torch.randn(20, 1))
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 1))
+    optimizer = Neumann(model.parameters(), lr=0.05)
+    for step in range(300):
+        loss = nn.functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.finalize()  # before the weights are used
+    print(f"loss {nn.functional.mse_loss(model(x), y).item():.4f}")
 """
 
 from __future__ import annotations

@@ -30,6 +30,18 @@ Deviations from the paper:
 Later work: Lyu et al. (2021) and Frei et al. (2022) describe which separator such nets reach when they are trained further with the logistic
 loss, in particular on symmetric and on nearly orthogonal data. For ReLU ($\alpha = 0$) no such bound exists: units that are silent on
 all data receive no gradient.
+
+Example:
+    import torch
+    from dlatlas.theory.max_margin_bias import hard_margin_svm
+    from dlatlas.theory.overparam_sgd import LeakyTwoLayer, train_hinge, update_bound
+
+    y = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(100)
+    x = torch.nn.functional.normalize(torch.randn(200, 10, dtype=torch.float64) / 3 + y[:, None], dim=1)
+    bound = update_bound(hard_margin_svm(x, y).norm().item(), lr=0.1, alpha=0.1)
+    for k in (1, 10, 1000):  # the bound does not know the width
+        made = train_hinge(LeakyTwoLayer(10, k, alpha=0.1), x, y, lr=0.1)
+        print(f"{2 * k} hidden units: {made['updates']} updates, at most {bound:.0f}; zero loss: {made['zero_loss']}")
 """
 
 from __future__ import annotations

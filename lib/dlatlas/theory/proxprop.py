@@ -30,6 +30,26 @@ Later work: Inverse input covariances are one half of K-FAC's Kronecker factors 
 the factor on the output side; FOOF (Benzing 2022, "Gradient descent on neurons and its link to approximate second-order
 optimization") arrives at the same direction with a running covariance and argues that this factor explains most of K-FAC's
 gain. Shampoo and SOAP use both sides. The price of the solve has kept such steps rare outside large-batch training.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.theory.proxprop import ProxLinear
+
+    x = torch.randn(500, 20)
+    y = torch.sin(x @ torch.randn(20, 1) / 4)
+    x = 3 + x * torch.logspace(1, -1, 20)  # features of very different size
+    for tau in (None, 0.1, 1.0, 100.0):
+        torch.manual_seed(0)
+        layer = nn.Linear if tau is None else lambda a, b: ProxLinear(a, b, tau=tau)
+        model = nn.Sequential(layer(20, 64), nn.Tanh(), layer(64, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # a step of 1 takes the proximal step itself
+        for step in range(201):
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"{type(model[0]).__name__}, tau {tau}: loss {loss:.3f}")  # gradient steps blow up, proximal ones never
 """
 
 from __future__ import annotations

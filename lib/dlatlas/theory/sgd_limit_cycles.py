@@ -29,6 +29,20 @@ Deviations from the paper:
 Later work: Yaida (2018) derives stationary relations of SGD for finite steps; Zhu et al. (2019) find that the anisotropy of the noise helps to leave
 sharp minima; Kunin et al. (2021) solve the linear case with momentum and see its oscillations in large nets. Kühn and Rosenow (2023) show that drawing
 without replacement alone makes increments anti-correlated over an epoch, another source of periodic motion.
+
+Example:
+    import torch
+    from dlatlas.theory.sgd_limit_cycles import effective_rank, gradient_covariance, ou_potential, probability_current
+
+    x, y, w = torch.randn(500, 6, dtype=torch.float64), torch.randn(500, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    x[:, 3:] *= 0.05  # directions that hardly show in the gradients
+    D = gradient_covariance((x @ w - y)[:, None] * x)  # from the per-example gradients of your own model
+    A = x.T @ x / 500  # and the Hessian there
+    print("rank of the noise:", effective_rank(D), "of 6")
+    potential, rotation = ou_potential(A, D)
+    print(f"what SGD descends differs from the loss by {(potential / potential.norm() - A / A.norm()).norm():.2f}")
+    point = torch.ones(6, dtype=torch.float64)
+    print(f"probability circulates there with speed {probability_current(A, D, temp=1e-3, x=point).norm():.3f}")
 """
 
 from __future__ import annotations

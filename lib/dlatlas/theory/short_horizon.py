@@ -26,6 +26,22 @@ Deviations from the paper:
 Later work: Metz et al. (2019) meet the same bias when they train learned optimizers by short unrolls. Vicol, Metz and
 Sohl-Dickstein (2021) remove it with an unbiased estimator that carries perturbations across truncations. Zhang et al. (2019) use
 the noisy quadratic to predict how batch size, momentum and preconditioning interact.
+
+Example:
+    import torch
+    from dlatlas.theory.short_horizon import NoisyQuadratic, optimal_schedule
+
+    h = torch.logspace(-2, 0, 50, dtype=torch.float64)  # curvatures
+    problem = NoisyQuadratic(h, torch.ones_like(h))
+    mean, variance = torch.zeros_like(h), 1 / h
+    best = optimal_schedule(problem, mean, variance, horizon=100, iters=150)
+    m, v, greedy = mean, variance, []
+    for _ in range(100):
+        greedy.append(problem.greedy_lr(m, v))  # the rate that is best for the very next step
+        m, v = problem.step(m, v, greedy[-1])
+    for name, rates in {"greedy": torch.tensor(greedy, dtype=torch.float64), "planned": best}.items():
+        losses = problem.rollout(mean, variance, rates)
+        print(f"{name}: mean rate {rates.mean():.2f}, loss after 10 steps {losses[10]:.1f}, after 100 {losses[100]:.1f}")
 """
 
 from __future__ import annotations

@@ -31,6 +31,15 @@ Deviations from the paper:
 Later work: Safran and Shamir (2018) proved with a computer that the same loss, without constraint, has bad local minima as soon as student
 and teacher have 6 or more units; Arjevani and Field (2020 to 2022) described families of these minima by their symmetry. Safran, Yehudai
 and Shamir (2021) showed that one unit more than the teacher turns some of these minima into saddles.
+
+Example:
+    import torch
+    from dlatlas.theory.two_relu import classify_stationary, population_loss, sphere_descent
+
+    teacher = torch.eye(2, 4, dtype=torch.float64)
+    for start in torch.nn.functional.normalize(torch.randn(4, 2, 4, dtype=torch.float64), dim=2):
+        end = sphere_descent(start, teacher, lr=0.2, steps=1500)
+        print(f"loss {population_loss(start, teacher):.3f} -> {population_loss(end, teacher):.1e}: {classify_stationary(end, teacher, tol=1e-6)}")
 """
 
 from __future__ import annotations

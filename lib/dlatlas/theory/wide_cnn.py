@@ -27,6 +27,19 @@ Deviations from the paper:
 Later work: Nguyen (2019) showed that the sublevel sets of such nets are connected; Nguyen and Mondelli (2020) proved convergence of
 gradient descent with one wide layer followed by a pyramid. Results on very wide nets (Jacot and others, 2018, and what followed) need far
 more units than samples, but say how fast descent is, which the rank alone does not.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.theory.wide_cnn import feature_matrix, feature_rank, zero_loss_head
+
+    images, labels = torch.rand(100, 1, 12, 12, dtype=torch.float64), torch.randint(10, (100,))
+    targets = nn.functional.one_hot(labels, 10).double()
+    for filters in (1, 4):
+        net = nn.Sequential(nn.Conv2d(1, filters, 3, stride=2), nn.Softplus(), nn.Flatten()).double()
+        features = feature_matrix(net, images, layer=2)
+        *_, left = zero_loss_head(features, targets)
+        print(f"{features.shape[1]} features of 100 images: rank {feature_rank(net, images, layer=2)}, what no head can fit {left:.1e}")
 """
 
 from __future__ import annotations
