@@ -30,6 +30,32 @@ Deviations from the paper:
 Later work: hardware wants one width for many weights, so the question moved to layers: HAQ (Wang et al., 2019) lets a reinforcement learner choose the bits of each layer, HAWQ (Dong et al., 2019)
 takes the curvature of the loss in place of its gradient, which at a trained network is close to zero. A width for each weight has survived as sparsity and as a few outliers in higher
 precision next to a low-bit matrix (SpQR, Dettmers et al., 2024).
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.adaptive_quantization import AdaptiveQuantizer, storage_bits
+
+    x = torch.randn(2000, 20)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for step in range(200):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x[:1000]), y[:1000])
+        loss.backward()
+        optimizer.step()
+
+    def accuracy():
+        return (net(x[1000:]).argmax(1) == y[1000:]).double().mean()
+
+    print(f"trained: loss {loss:.3f}, accuracy {accuracy():.3f}")
+    batches, bound = [(x[:1000], y[:1000])], loss.item() + 0.03
+    quantizer = AdaptiveQuantizer(net, nn.functional.cross_entropy, batches, bound)
+    found = quantizer.run()  # each weight gets as few bits as the bound on the loss allows
+    print(f"quantised: loss {found['loss']:.3f}, accuracy {accuracy():.3f}")
+    n = sum(bits.numel() for bits in found["bits"].values())
+    print({name: f"{bits / n:.2f} bits" for name, bits in storage_bits(found["bits"]).items()})
 """
 
 from __future__ import annotations

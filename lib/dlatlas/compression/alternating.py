@@ -32,6 +32,30 @@ Later work: fitted levels were taken up by LQ-Nets (Zhang et al., 2018), which l
 2022 the question has moved to large language models, where groups of weights with 3 or 4 bits and few outliers in higher precision are the
 rule (GPTQ, Frantar et al., 2023); sums of sign vectors came back there for weights only, as BCQ in LUT-GEMM (Park et al., 2024), whose
 activations stay floats.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.alternating import MultiBitLinear
+
+    x = torch.randn(2000, 32)
+    y = (x[:, :16] * x[:, 16:]).sum(1).sign().clamp_min(0).long()
+    inner = MultiBitLinear(256, 256, bits_w=2, bits_a=2)  # in the place of nn.Linear(256, 256)
+    model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), inner, nn.ReLU(), nn.Linear(256, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(201):
+        i = torch.randint(2000, (100,))
+        loss = nn.functional.cross_entropy(model(x[i]), y[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss:.3f}")
+    trained = model(x).argmax(1)
+    model[2] = inner.pack()  # signs in machine words: exclusive-or and bit counts replace products
+    print("answers that packing changes:", int((model(x).argmax(1) != trained).sum()))
+    dense = 32 * inner.weight.numel()
+    print(f"weights of the layer: {dense / model[2].storage_bits():.1f} times smaller")
 """
 
 from __future__ import annotations

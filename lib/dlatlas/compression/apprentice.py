@@ -24,6 +24,33 @@ Deviations from the paper:
 Later work: distillation is a standard part of training below 8 bits. QKD (Kim et al., 2019) found that a network of few bits can be too small to
 follow the teacher from the start, and gains more when it first learns alone. Shin et al. (2019) found that the softness of the teacher's answers
 matters more than its accuracy.
+
+Example:
+    import copy
+    import torch
+    from torch import nn
+    from dlatlas.compression.apprentice import ApprenticeLoss, fit_apprentice
+
+    def network(n):
+        return nn.Sequential(nn.Linear(20, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 2))
+
+    x = torch.randn(6000, 20)
+    truth = (x[:, 0] * x[:, 1] > 0).long()
+    y = truth ^ (torch.rand(6000) < 0.2)  # one label in five is wrong
+    teacher, student = network(128), network(64)
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
+    for step in range(150):
+        i = torch.randint(4000, (200,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(teacher(x[i]), y[i]).backward()
+        optimizer.step()
+    batches = [(x[k : k + 50], y[k : k + 50]) for k in range(0, 1000, 50)]
+    losses = {"labels": ApprenticeLoss(beta=1, gamma=0), "labels and teacher": ApprenticeLoss()}
+    for name, loss in losses.items():
+        net = copy.deepcopy(student)
+        fit_apprentice(net, teacher, batches, "B", epochs=10, lr=1e-2, loss=loss)  # ternary
+        right = (net(x[4000:]).argmax(1) == truth[4000:]).double().mean()
+        print(f"{name}: accuracy {right:.3f}, values of a weight: {len(net[2].weight.unique())}")
 """
 
 from __future__ import annotations

@@ -32,6 +32,29 @@ Later work: Athalye et al. (2018) took apart a number of defences of that year w
 is blocked, and the expectation over the random numbers where there are any. Carlini et al. (2019) and Tramèr et al. (2020) made the list of checks,
 and the attack that adapts to the defence, the standard of evaluation. Lin et al. (2019) found that quantised networks can amplify the error that an
 attack brings in, and are then less robust than their float twins.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.binary_robustness import BinaryConvNet, evaluate_attacks, masking_report
+
+    y = torch.arange(1000) % 10
+    x = (torch.rand(10, 1, 28, 28)[y] + 0.5 * torch.randn(1000, 1, 28, 28)).clamp(0, 1)
+    net = BinaryConvNet(width=8)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for step in range(40):
+        i = torch.randint(900, (50,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+        optimizer.step()
+        net.clip_latent()
+    x, y = x[950:], y[950:]
+    # The same decisions twice; what differs is how much of the gradient an attacker sees.
+    for name, model in {"with": net.eval(), "without": net.unscaled()}.items():
+        zero = masking_report(model, x, y, source=net)["grad_zero_fraction"]  # masked?
+        left = evaluate_attacks(model, x, y, 0.05, source=net, steps=5, queries=1, rescale=False)
+        print(f"{name} scalars, {zero:.0%} of the gradients are zero. What attacks leave right:")
+        print(f"    one step {left['fgsm']:.0%}, steps on the first network {left['transfer']:.0%}")
 """
 
 from __future__ import annotations

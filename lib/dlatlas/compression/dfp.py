@@ -29,6 +29,27 @@ Deviations from the paper:
 Later work: one exponent a tensor ties small numbers to the largest one; Flexpoint (Koster et al., 2017) did the same with predicted
 exponents. With one exponent for each block of 16 or 32 numbers, as in the microscaling formats (Rouhani et al., 2023), far fewer bits suffice.
 In practice training went to bfloat16, which has no shared exponent to manage.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.dfp import convert
+
+    x = torch.randn(2000, 20)
+    y = x[:, :1] * x[:, 1:2]
+    for bits in (None, 16, 4):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 1))
+        if bits:
+            convert(net, bits)  # all products, backward too, are of integers with one exponent
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        for step in range(200):
+            i = torch.randint(2000, (100,))
+            optimizer.zero_grad()
+            (net(x[i]) - y[i]).square().mean().backward()
+            optimizer.step()
+        error = (net(x) - y).square().mean()
+        print(f"{f'{bits}-bit integers' if bits else 'floats'}: error {error:.3f}")
 """
 
 from __future__ import annotations

@@ -33,6 +33,32 @@ Later work: the Larq Compute Engine (Bannink et al., 2021) made binary convoluti
 a phone. That is the kind of factor to expect against a tuned baseline; larger ones compare with slow code. 8-bit integers, which processors learned
 to multiply since, became the common choice for inference. One-bit weights came back with language models (BitNet, Wang et al., 2023), with 8-bit
 activations.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.espresso import compile_bdnn
+    from dlatlas.compression.kit.qat import quantize_aware
+    from dlatlas.compression.kit.ste import ste_sign
+    from dlatlas.kit.nets import mlp
+
+    y = torch.arange(3000) % 10
+    x = torch.randint(256, (10, 256))[y] + 100 * torch.randn(3000, 256)
+    x = x.clamp(0, 255).round()  # bytes
+    layers = mlp([256, 256, 256, 10], ste_sign, norm="batch", bias=False)
+    net = quantize_aware(nn.Sequential(*layers, nn.BatchNorm1d(10)), weight=ste_sign, skip=())
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for step in range(60):
+        i = torch.randint(2000, (100,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+        optimizer.step()
+    net = net.double().eval()
+    packed = compile_bdnn(net)  # weights and activations in machine words
+    logits, wanted = packed(x[2000:].to(torch.uint8)), net(x[2000:].double())
+    print(f"accuracy: {(logits.argmax(1) == y[2000:]).double().mean():.3f}")
+    print(f"largest difference of the logits: {(logits - wanted).abs().max():g}")
+    print(f"weights: {32 * 256 * (256 + 256 + 10) / packed.weight_bits():.0f} times smaller")
 """
 
 from __future__ import annotations

@@ -35,6 +35,27 @@ Deviations from the paper:
 Later work: the choice of the pseudo-derivative was studied much further under the name of surrogate gradients for spiking networks (Neftci et al.,
 2019), with the finding that its width matters more than its form. Shekhovtsov and Yanush (2021) derive straight-through estimators as gradients of
 networks with noise before the sign, which says which form belongs to which noise.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.ftprop import SignActivation
+
+    x = torch.randn(4000, 20)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    for learn in (False, True):
+        torch.manual_seed(0)
+        first, last = nn.Linear(20, 256), nn.Linear(256, 2)
+        sign = SignActivation("soft_hinge")  # backward: targets and credits for the layer below
+        net = nn.Sequential(first, nn.BatchNorm1d(256), sign, last)
+        optimizer = torch.optim.Adam(net.parameters() if learn else last.parameters(), lr=1e-2)
+        for step in range(300):
+            i = torch.randint(2000, (100,))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+            optimizer.step()
+        right = (net.eval()(x[2000:]).argmax(1) == y[2000:]).double().mean()
+        print(f"hidden signs {'that learn' if learn else 'as drawn'}: accuracy {right:.3f}")
 """
 
 from __future__ import annotations

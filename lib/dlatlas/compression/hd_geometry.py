@@ -28,6 +28,28 @@ Later work: the argument is about the forward pass of a network that has been tr
 et al. (2019) argue that these are no weights at all but an inertia that a bit must overcome to flip. XNOR-Net++ (Bulat and Tzimiropoulos, 2019) and
 Real-to-Binary Networks (Martinez et al., 2020) learn scales and match the real-valued network's activations, which recovers part of what the angle
 loses.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.hd_geometry import binarization_angle, dot_product_preservation
+
+    x = torch.randn(2000, 256)
+    y = (x[:, :128] * x[:, 128:]).sum(1, keepdim=True).sign()
+    middle = nn.Linear(512, 256)
+    net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), middle, nn.ReLU(), nn.Linear(256, 1))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for step in range(60):
+        i = torch.randint(2000, (200,))
+        optimizer.zero_grad()
+        nn.functional.soft_margin_loss(net(x[i]), y[i]).backward()
+        optimizer.step()
+    inputs, weights = net[:2](x).detach(), middle.weight.detach()
+    angle = binarization_angle(weights)  # between the weights of each unit and their signs
+    print(f"own signs: {angle.mean():.1f} degrees, at most {angle.max():.1f}")
+    cosine = torch.cosine_similarity(weights, weights.sign().roll(1, 0))
+    print(f"signs of another unit: {cosine.arccos().rad2deg().mean():.1f} degrees")
+    print(f"correlation of the sums: {dot_product_preservation(inputs, weights):.2f}")
 """
 
 from __future__ import annotations

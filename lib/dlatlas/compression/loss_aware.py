@@ -28,6 +28,33 @@ Deviations from the paper:
 Later work: Hou et al. (2019) found that quantised LSTMs have exploding gradients and that normalising their weights cures it. Adaptive loss-aware quantisation (Qu et al., 2020) prunes sign
 vectors by the same kind of curvature, with another number of bits for each group of weights. After training, the diagonal gives way to larger pieces of the curvature: GPTQ (Frantar et al., 2023) rounds a language model
 column by column and corrects the columns that are left, with the full Hessian of each layer's squared error.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.loss_aware import LossAwareQuantizer
+
+    x = torch.randn(3000, 20)
+    y = (2 * (x[:, 0] * x[:, 1] > 0) + (x[:, 2] * x[:, 3] > 0)).long()
+    inner = nn.Linear(64, 64)
+    net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), inner, nn.ReLU(), nn.Linear(64, 4))
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    def train(stepper):
+        for step in range(200):
+            i = torch.randint(1500, (100,))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+            stepper.step()
+    def report(name):
+        right = (net(x[1500:]).argmax(1) == y[1500:]).double().mean()
+        print(f"{name}: accuracy {right:.3f}, values of a weight: {len(inner.weight.unique())}")
+
+    train(optimizer)
+    report("floats")
+    quantizer = LossAwareQuantizer(optimizer, [inner.weight], exact=True)  # the method
+    report("rounded")
+    train(quantizer)  # its step takes the place of the optimizer's
+    report("trained rounded")
 """
 
 from __future__ import annotations

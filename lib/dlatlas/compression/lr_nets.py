@@ -30,6 +30,33 @@ Deviations from the paper:
 
 Later work: Peters and Welling (2018) carry means and variances through binary activations as well, and Roth et al. (2019) allow weights of
 any few values and sign activations. Straight-through estimators remained the common tool, because sampling doubles the cost of a layer.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.lr_nets import lr_net, sampled
+
+    x = torch.randn(4000, 20)
+    y = (2 * (x[:, 0] * x[:, 1] > 0) + (x[:, 2] * x[:, 3] > 0)).long()
+    inner = [nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()]
+    first = [nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU()]
+    net = nn.Sequential(*first, *inner, nn.Linear(64, 4))
+
+    def train(net, lr):
+        optimizer = torch.optim.Adam(net.parameters(), lr)
+        for step in range(200):
+            i = torch.randint(2000, (100,))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net.train()(x[i]), y[i]).backward()
+            optimizer.step()
+    def accuracy(net):
+        return (net.eval()(x[2000:]).argmax(1) == y[2000:]).double().mean()
+
+    train(net, lr=1e-2)
+    print(f"floats: accuracy {accuracy(net):.3f}")
+    train(lr_net(net, skip=("first", "last")), lr=0.1)  # inner weights become odds of -1, 0 and 1
+    drawn = sampled(net, x[:2000])  # one draw of the weights, with statistics of its own
+    print(f"drawn: accuracy {accuracy(drawn):.3f}, weights {drawn[3].weight.int().unique().tolist()}")
 """
 
 from __future__ import annotations

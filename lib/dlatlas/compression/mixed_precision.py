@@ -25,6 +25,24 @@ Later work: dynamic scaling became the default of all large frameworks. bfloat16
 less of precision, and has mostly taken the place of half precision for large models (Kalamkar et al., 2019). Without master
 weights one can train by rounding at random, so that small updates survive on average (Gupta et al., 2015). Training in 8-bit floats went back to
 scales, now one for each tensor (Micikevicius et al., 2022).
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.mixed_precision import LossScaler, MixedPrecision
+
+    x = torch.randn(2000, 20)
+    y = x[:, :1] * x[:, 1:2]
+    scalers = {"scaled": LossScaler(2.0**40), "not scaled": LossScaler(1.0, dynamic=False)}
+    for name, scaler in scalers.items():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 1))
+        mp = MixedPrecision(net, torch.optim.Adam(net.parameters(), lr=1e-2, eps=1e-14), scaler)
+        for step in range(200):
+            i = torch.randint(2000, (100,))
+            loss = (mp(x[i]) - y[i]).square().mean()  # mp(x) computes in half precision
+            mp.step(1e-6 * loss)  # backward and step; the factor makes the gradients tiny
+        print(f"{name}: loss {loss:.3f}, scale at the end {scaler.factor:.3g}")
 """
 
 from __future__ import annotations

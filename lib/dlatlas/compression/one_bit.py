@@ -21,6 +21,30 @@ Deviations from the paper:
 Later work: McDonnell et al. (2019) also removed batch normalisation from such networks. Helwegen et al. (2019) argue that $W$ is no weight at all
 but the inertia of a sign, and train it by an optimizer made for flipping. BitNet (Wang et al., 2023) trains language models with signs and one
 scale a matrix; its successor with three values (Ma et al., 2024) has the accuracy of full precision from some three billion weights on.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.one_bit import export_bits, load_bits, one_bit_resnet, sgd_warm_restarts
+
+    shapes = torch.randn(10, 1, 8, 8)
+    y = torch.arange(1200) % 10
+    x = shapes[y] + 1.5 * torch.randn(1200, 1, 8, 8)
+    net = one_bit_resnet(8, width=8)  # its OneBitConv2d layers compute with the signs of weights
+    optimizer, schedule = sgd_warm_restarts(net.parameters(), steps_per_epoch=12)
+    for step in range(72):
+        i = torch.randint(600, (50,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+        optimizer.step()
+        schedule.step()
+    file, deployed = export_bits(net), one_bit_resnet(8, width=8)
+    load_bits(deployed, file)
+    for name, model in {"trained": net, "from the file": deployed}.items():
+        right = (model.eval()(x[600:]).argmax(1) == y[600:]).double().mean()
+        print(f"{name}: accuracy {right:.3f}")
+    floats = 32 * sum(p.numel() for p in net.parameters())
+    print(f"the file is {floats / file.bits:.1f} times smaller than weights in floats")
 """
 
 from __future__ import annotations

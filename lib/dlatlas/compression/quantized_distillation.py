@@ -25,6 +25,31 @@ Deviations from the paper:
 Later work: the straight-through training of the first method has become the common one; free grids survive as codebooks learned after
 training, for example for large language models (SqueezeLLM, Kim et al., 2023; QLoRA's quantile grid NF4, Dettmers et al., 2023), and small
 buckets with a scale each are in every format for 4-bit weights.
+
+Example:
+    import copy
+    import torch
+    from torch import nn
+    from dlatlas.compression.quantized_distillation import fit_quantized_distillation, uniform_quantize
+
+    def network(n):
+        return nn.Sequential(nn.Linear(20, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 4))
+
+    x = torch.randn(6000, 20)
+    y = (2 * (x[:, 0] * x[:, 1] > 0) + (x[:, 2] * x[:, 3] > 0)).long()
+    batches = [(x[k : k + 100], y[k : k + 100]) for k in range(0, 4000, 100)]
+    teacher, student = network(128), network(32)
+    for net in (teacher, student):
+        optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+        for inputs, labels in 8 * batches:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(inputs), labels).backward()
+            optimizer.step()
+    rounded, trained = copy.deepcopy(student), copy.deepcopy(student)
+    rounded[2].weight.data = uniform_quantize(student[2].weight, levels=3)
+    fit_quantized_distillation(trained, teacher, batches, levels=3, lr=3e-3)  # on 2 bits
+    for name, net in {"student": student, "rounded": rounded, "trained rounded": trained}.items():
+        print(f"{name}: accuracy {(net(x[4000:]).argmax(1) == y[4000:]).double().mean():.3f}")
 """
 
 from __future__ import annotations

@@ -32,6 +32,32 @@ Deviations from the paper:
 Later work: Hron et al. (2018) show that with the improper log-uniform prior the exact posterior does not exist, so the objective is best read as a
 penalised likelihood, not as a bound on the evidence. Louizos et al. (2019) quantise with a smoothed categorical distribution over the
 grid instead, and van Baalen et al. (2020) learn bit widths and pruning together by variational inference with gates on nested grids.
+
+Example:
+    import copy
+    import torch
+    from torch import nn
+    from dlatlas.compression.apprentice import ternary_weight
+    from dlatlas.compression.vnq import fit_vnq, quantize_vnq, vnq
+
+    x = torch.randn(3000, 10)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    net = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 2))
+    batches = [(x[k : k + 50], y[k : k + 50]) for k in range(0, 2000, 50)]
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for inputs, labels in 10 * batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs), labels).backward()
+        optimizer.step()
+    rounded, variational = copy.deepcopy(net), vnq(copy.deepcopy(net))
+    for layer in (rounded[0], rounded[2]):
+        layer.weight.data = ternary_weight(layer.weight)
+    fit_vnq(variational, batches, epochs=8, n_examples=2000)  # the prior pulls to -a, 0 and a
+    last = quantize_vnq(copy.deepcopy(variational.eval()))
+    nets = {"trained": net, "rounded": rounded, "with the prior": variational, "then rounded": last}
+    for name, model in nets.items():
+        print(f"{name}: accuracy {(model(x[2000:]).argmax(1) == y[2000:]).double().mean():.3f}")
+    print(f"weights that are zero: {(last[0].weight == 0).double().mean():.0%}")
 """
 
 from __future__ import annotations

@@ -34,6 +34,29 @@ Deviations from the paper:
 
 Later work: WAGEUBN (Yang et al., 2020) brought batch normalisation and momentum to 8-bit integers and scaled the scheme to ImageNet. NITI (Wang et
 al., 2022) trains with int8 and shared exponents and without a float at the loss. Random rounding is now standard wherever updates are smaller than a unit.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.wage import WAGE, WAGELinear
+
+    x = torch.rand(3000, 30)
+    y = (x[:, :15].sum(1) > x[:, 15:].sum(1)).long()
+    net = nn.Sequential(WAGELinear(30, 64), WAGELinear(64, 64), WAGELinear(64, 2, activation=False))
+    optimizer = WAGE(net.parameters(), lr=8)  # updates are integers, rounded at random
+    for step in range(301):
+        i = torch.randint(2000, (64,))
+        loss = nn.functional.cross_entropy(net(x[i]), y[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in (100, 200):
+            optimizer.param_groups[0]["lr"] /= 4
+        if step % 100 == 0:
+            right = (net(x[2000:]).argmax(1) == y[2000:]).double().mean()
+            print(f"step {step}: accuracy {right:.3f}")
+    weight = net[1].weight
+    print(weight.dtype, "stored,", net[1].quantized_weight().unique().tolist(), "multiply")
 """
 
 from __future__ import annotations

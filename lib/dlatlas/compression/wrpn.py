@@ -22,6 +22,32 @@ Deviations from the paper:
 
 Later work: fixed clipping ranges were soon replaced by learned ones: PACT (Choi et al., 2018) trains the upper end of the activations' range
 and LSQ (Esser et al., 2020) the step of every quantiser, both by gradient descent. With them 4 bits need no extra width on ImageNet.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.compression.wrpn import cost, fill_range, widened, wrpn
+
+    def network(width=16):
+        inner = [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()]
+        first = [nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU()]
+        return nn.Sequential(*first, *inner, nn.Linear(width, 10))
+
+    centres = torch.randn(10, 64)
+    y = torch.arange(3000) % 10
+    x = centres[y] + 2.5 * torch.randn(3000, 64)
+    for factor, bits in ((1, 32), (1, 2), (3, 2)):
+        net = widened(network, factor)
+        if bits < 32:
+            wrpn(fill_range(net), bits, bits)  # inner layers: weights and activations of 2 bits
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        for step in range(150):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[:1000]), y[:1000]).backward()
+            optimizer.step()
+        right = (net.eval()(x[1000:]).argmax(1) == y[1000:]).double().mean()
+        price = cost(net, (64,), bits, bits)["bit_ops_inner"]
+        print(f"width x {factor}, {bits} bits: accuracy {right:.3f}, {price} bit operations inside")
 """
 
 from __future__ import annotations

@@ -23,6 +23,27 @@ Deviations from the paper:
 Later work: at the same time Che et al. (2017, MaliGAN) arrived at the same weights. De Masson d'Autume et al. (2019) train a language GAN from scratch with REINFORCE, large
 batches and dense rewards. Caccia et al. (2020) show that text GANs of that time are no better than maximum likelihood
 once quality and diversity are both measured. The Gumbel-softmax of Jang et al. (2017) and Maddison et al. (2017) is the other common way around the missing derivative.
+
+Example:
+    import torch
+    from torch import nn
+    from torch.nn.functional import one_hot, softplus
+    from dlatlas.gans.boundary_seeking import discrete_g_loss
+
+    letters, shares = "etaoin", torch.tensor([0.3, 0.22, 0.18, 0.15, 0.1, 0.05])
+    theta = torch.zeros(6, requires_grad=True)  # the generator: its samples have no derivative
+    D = nn.Linear(6, 1)
+    opt_g, opt_d = torch.optim.Adam([theta], 0.02), torch.optim.Adam(D.parameters(), 0.05)
+    for _ in range(500):
+        log_g = theta.log_softmax(0)
+        real, fake = (torch.multinomial(p, 128, True) for p in (shares, log_g.exp().detach()))
+        logits = D(one_hot(fake, 6).float())  # [128, 1]
+        loss = softplus(-D(one_hot(real, 6).float())).mean() + softplus(logits).mean()
+        opt_d.zero_grad(), loss.backward(), opt_d.step()
+        loss = discrete_g_loss(log_g[fake][:, None], logits)  # the method: logits become weights
+        opt_g.zero_grad(), loss.backward(), opt_g.step()
+    for letter, p, q in zip(letters, shares, theta.softmax(0)):
+        print(f"{letter}: data {p:.2f}, generator {q:.2f} (at the start 0.17)")
 """
 
 from __future__ import annotations

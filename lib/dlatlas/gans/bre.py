@@ -24,6 +24,29 @@ Deviations from the paper:
 
 Later work: Hanin and Rolnick (2019) measure that trained rectifier networks have about as many linear regions as at the start of training, and
 far fewer than would be possible. The large comparison of critics' regularisers by Kurach et al. (2019) did not include this one.
+
+Example:
+    import torch
+    from torch import nn
+    from torch.nn.functional import softplus
+    from dlatlas.gans.bre import bre
+
+    def hidden(critic, x):  # the pre-activations of both hidden layers
+        first = critic[0](x)
+        return first, critic[2](first.relu())
+
+    for weight in (0.0, 1.0):
+        layers = [nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)]
+        critic = nn.Sequential(*layers)
+        optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
+        for _ in range(300):
+            real, fake = 0.3 * torch.randn(64, 2) + 1, 0.3 * torch.randn(64, 2) - 1
+            loss = softplus(-critic(real)).mean() + softplus(critic(fake)).mean()
+            loss = loss + weight * bre(hidden(critic, torch.cat([real, fake])))  # the method
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+        signs = torch.cat([h > 0 for h in hidden(critic, torch.cat([real, fake]))], 1)
+        pieces = len(signs.unique(dim=0))
+        print(f"weight {weight:.0f}: the 128 samples lie on {pieces} linear pieces")
 """
 
 from __future__ import annotations

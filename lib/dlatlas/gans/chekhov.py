@@ -28,6 +28,21 @@ Deviations from the paper:
 
 Later work: averaging returned in the generator's weights (Yazici et al., 2019): one running mean over time, which costs no memory for a queue and became a
 standard ingredient. MIX+GAN (Arora et al., 2017), of the same months as this paper, trains a mixture of generators and discriminators outright.
+
+Example:
+    import torch
+    from dlatlas.gans.chekhov import ftrl_zero_sum
+
+    # How often a penalty kick is saved: it goes left, middle or right (rows), so does the keeper.
+    saved = torch.tensor([[0.6, 0.1, 0.05], [0.3, 0.9, 0.3], [0.05, 0.1, 0.4]])
+    fixed = saved.amax(1).min() - saved.amin(0).max()
+    print(f"best pair of fixed choices: duality gap {fixed:.3f}")
+    for rounds in (10, 100, 1000):
+        kicker, keeper, gap = ftrl_zero_sum(saved, rounds, eta0=2.0)  # the method
+        print(f"average of {rounds} rounds: duality gap {gap:.3f}")
+    mixture = [round(p, 2) for p in kicker.tolist()]
+    print(f"the kicker's mixture {mixture}: at most {(saved.T @ kicker).max():.2f} are saved")
+    print(f"the best fixed kick: at most {saved.amax(1).min():.2f}")
 """
 
 from __future__ import annotations

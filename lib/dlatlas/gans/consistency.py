@@ -21,6 +21,33 @@ Deviations from the paper:
 
 Later work: consistency between two *augmented* copies of an image (Zhang et al., 2020) took the place of consistency between dropout masks, and
 for few images augmenting everything that the critic sees (Zhao et al., 2020; Karras et al., 2020) became the usual remedy.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.gans.consistency import consistency_term, ct_critic_loss
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            hidden = [[nn.Linear(k, 128), nn.LeakyReLU(), nn.Dropout(0.5)] for k in (16, 128)]
+            self.body, self.head = nn.Sequential(*hidden[0], *hidden[1]), nn.Linear(128, 1)
+
+        def forward(self, x):
+            features = self.body(x)
+            return self.head(features), features
+
+    real, new = torch.randn(2, 64, 16)  # few samples, and as many that the critic never sees
+    for weight in (0.0, 2.0):
+        critic = Critic()
+        optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
+        for _ in range(150):
+            fake = 1.2 * torch.randn(64, 16)
+            loss, _ = ct_critic_loss(critic, real, fake, ct_weight=weight)  # the method
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+        apart = consistency_term(critic, real).item()
+        gap = (critic.eval()(real)[0].mean() - critic(new)[0].mean()).item()
+        print(f"weight {weight:.0f}: passes differ by {apart:.2f}, seen and new samples by {gap:.2f}")
 """
 
 from __future__ import annotations

@@ -24,6 +24,29 @@ Later work: the theorem is about samples that move freely; a generator network c
 of free particles along an MMD was analysed by Arbel et al. (2019), who show that it can stop early for smooth kernels, and add noise to the
 place where the force is read, which is what the noise on the anchors does. Hertrich et al. (2024) build generative models
 from particle flows of the energy distance, whose kernel has no bandwidth.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.gans.coulomb import coulomb_d_loss, coulomb_g_loss, field_energy, make_anchors
+
+    sample = lambda n: 2 * torch.randint(2, (n, 2)) - 1 + 0.1 * torch.randn(n, 2)  # four modes
+    hidden = lambda n: [nn.Linear(n, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
+    G, D = nn.Sequential(*hidden(4), nn.Linear(64, 2)), nn.Sequential(*hidden(2), nn.Linear(64, 1))
+    opt_g = torch.optim.Adam(G.parameters(), 1e-3, betas=(0.5, 0.9))
+    opt_d = torch.optim.Adam(D.parameters(), 2e-3, betas=(0.5, 0.9))
+    for step in range(401):
+        real, fake = sample(128), G(torch.randn(128, 4))
+        if step % 100 == 0:
+            quadrants = ((fake > 0).long() @ torch.tensor([1, 2])).bincount(minlength=4).tolist()
+            energy = field_energy(real, fake, dim=1, eps=0.3)
+            print(f"step {step}: energy {energy:.3f}, samples in each quadrant {quadrants}")
+        anchors = make_anchors(real, fake, eps=0.3)
+        # the method: D learns the potential of all charges, G climbs it
+        loss = coulomb_d_loss(D, anchors, real, fake.detach(), dim=1, eps=0.3)
+        opt_d.zero_grad(), loss.backward(), opt_d.step()
+        loss = coulomb_g_loss(D, fake)
+        opt_g.zero_grad(), loss.backward(), opt_g.step()
 """
 
 from __future__ import annotations
@@ -54,7 +77,8 @@ def plummer_kernel(a: Tensor, b: Tensor, dim: float = 3, eps: float = 1.0) -> Te
         raise ValueError(f"expected eps > 0 and dim >= 1, got eps={eps} and dim={dim}")
     if a.dim() < 2 or b.dim() < 2:
         raise ValueError(f"expected points [n, m] and [k, m], got {tuple(a.shape)} and {tuple(b.shape)}")
-    return (sq_dists(a.flatten(1), b.flatten(1)) + eps**2) ** (-dim / 2)
+    inverse = _InverseDistance.apply(a.flatten(1), b.flatten(1), eps)
+    return inverse if dim == 1 else inverse**dim
 
 
 def potential(a: Tensor, real: Tensor, fake: Tensor, dim: float = 3, eps: float = 1.0) -> Tensor:
@@ -89,7 +113,10 @@ def field_energy(real: Tensor, fake: Tensor, dim: float = 3, eps: float = 1.0) -
     Raises:
         ValueError: as :func:`potential`.
     """
-    return (potential(real, real, fake, dim, eps).mean() - potential(fake, real, fake, dim, eps).mean()) / 2
+    if 0 in (len(real), len(fake)):
+        raise ValueError(f"expected at least one point of each kind, got {len(real)} real and {len(fake)} model points")
+    rr, rf, ff = (plummer_kernel(a, b, dim, eps).mean() for a, b in ((real, real), (real, fake), (fake, fake)))
+    return (rr - 2 * rf + ff) / 2
 
 
 def make_anchors(real: Tensor, fake: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
@@ -142,3 +169,24 @@ def coulomb_g_loss(D: Callable[[Tensor], Tensor], fake: Tensor) -> Tensor:
         fake: model points, with the graph of the generator.
     """
     return -D(fake).mean() / 2
+
+
+class _InverseDistance(torch.autograd.Function):
+    r"""$k_{ij} = (|a_i - b_j|^2 + \epsilon^2)^{-1/2}$ with its derivative $-k_{ij}^3 (a_i - b_j)$ by hand.
+
+    Automatic differentiation fills several times as many matrices ``[n, k]``, and large ones cost more to allocate than to compute.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, eps: float) -> Tensor:
+        k = sq_dists(a, b).add_(eps**2).rsqrt_()
+        ctx.save_for_backward(a, b, k)
+        return k
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        a, b, k = ctx.saved_tensors
+        w = k**3 * grad
+        to_a = w @ b - w.sum(1)[:, None] * a if ctx.needs_input_grad[0] else None
+        to_b = w.T @ a - w.sum(0)[:, None] * b if ctx.needs_input_grad[1] else None
+        return to_a, to_b, None

@@ -26,6 +26,31 @@ Deviations from the paper:
 Later work: Zaheer et al. (2017) had shown that a sum of features followed by a network represents every function of a set. PacGAN (Lin et al., 2018) hands
 the discriminator a few examples side by side and proves that this punishes lost modes. Minibatch discrimination (Salimans et al., 2016) and the
 standard deviation over the mini-batch (Karras et al., 2018) are lighter forms of the idea; the last one is still part of StyleGAN.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.gans.distributional import DeepMeanEncoder, SampleDiscriminator
+    from dlatlas.gans.distributional import dan_g_loss, dan_s_loss
+
+    def sets(shares):  # of 32 points each; this share of them is around -1, the others around 1
+        side = torch.where(torch.rand(len(shares), 32, 1) < shares[:, None, None], -1.0, 1.0)
+        return side + 0.3 * torch.randn_like(side)
+
+    features = nn.Sequential(nn.Linear(1, 32), nn.LeakyReLU(0.2), nn.Linear(32, 32))
+    of_sets = SampleDiscriminator(DeepMeanEncoder(features), k=32)  # the method
+    of_points = nn.Sequential(nn.Linear(1, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
+    optimizer = torch.optim.Adam([*of_sets.parameters(), *of_points.parameters()], 3e-3)
+    for _ in range(300):
+        real = sets(torch.full((16,), 0.5))
+        fake = sets(torch.randint(2, (16,)).float())  # each batch is on one side only
+        losses = [dan_s_loss(disc, real, fake) for disc in (of_points, of_sets)]
+        optimizer.zero_grad(), sum(losses).backward(), optimizer.step()
+    print(f"loss of a judge of points {losses[0]:.3f}, of sets {losses[1]:.3f} (chance: 1.386)")
+    for share in (0.9, 0.1):
+        fake = sets(torch.tensor([share])).requires_grad_()
+        (slope,) = torch.autograd.grad(dan_g_loss(of_sets, fake), fake)
+        print(f"{share:.0%} on the left: the set pushes its points by {-slope.mean():+.2f}")
 """
 
 from __future__ import annotations

@@ -29,6 +29,30 @@ Deviations from the paper:
 
 Later work: solving one player's problem exactly became the standard view of alignment by transport and by kernels (for example Damodaran et al., 2018, for
 domain adaptation); deep discriminators have no such dual, and adversarial training with them went on.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.gans.dual_alignment import DualAligner
+
+    y = torch.randint(2, (400,))
+    x = 0.6 * torch.randn(400, 2) + torch.stack([2.0 * y - 1, 1.0 - 2 * y], 1)
+    turn = torch.tensor([[1.0, 0.4], [-0.4, 1.0]])
+    target, source = x[:200], x[200:] @ turn + torch.tensor([3.0, 2.0])
+    classifier, move = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(classifier.parameters(), 0.05)
+    for _ in range(100):  # it knows the labels of the target domain only
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(classifier(target), y[:200]).backward()
+        optimizer.step()
+    accuracy = lambda points: (classifier(points).argmax(1) == y[200:]).float().mean().item()
+    print(f"accuracy on the source domain: {accuracy(source):.2f}")
+    nn.init.eye_(move.weight), nn.init.zeros_(move.bias)
+    aligner = DualAligner(move, lam=0.1)
+    for step in range(201):
+        distance = aligner.step(source, target)  # the method: no labels, no game
+        if step % 100 == 0:
+            print(f"step {step}: distance {distance:.3f}, accuracy {accuracy(move(source)):.2f}")
 """
 
 from __future__ import annotations

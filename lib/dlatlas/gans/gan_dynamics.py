@@ -24,6 +24,23 @@ Deviations from the paper:
 Later work: the analysis of Mescheder et al. (2018) finds the same failure of simultaneous gradient steps near an equilibrium on an even smaller
 example, and which penalties cure it. In practice several discriminator steps a generator step, which bring it nearer to the best one, are
 common for Wasserstein critics only.
+
+Example:
+    import torch
+    from dlatlas.gans.gan_dynamics import optimal_intervals, payoff, simulate
+
+    data_means = torch.tensor([-2.0, 2.0])
+    starts = 8 * torch.rand(50, 2) - 4  # of 50 generators
+    ways = {
+        "the best discriminator": dict(dynamics="optimal"),
+        "1 gradient step of it a turn": dict(dynamics="first_order", d_steps=1),
+        "10 gradient steps of it a turn": dict(dynamics="first_order", d_steps=10),
+    }
+    for name, way in ways.items():
+        end = simulate(starts, data_means, steps=400, lr=0.3, **way)[-1]  # the paper's small GAN
+        # total variation distance from the data
+        distance = payoff(end, data_means, *optimal_intervals(end, data_means)) - 1
+        print(f"against {name}: {(distance < 0.05).sum()} of 50 generators find the data")
 """
 
 from __future__ import annotations

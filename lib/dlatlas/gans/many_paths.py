@@ -25,6 +25,27 @@ Deviations from the paper:
 Later work: Mescheder et al. (2018) show that a penalty on the slope at the data, towards 0 instead of 1, makes the game converge near the equilibrium; this
 "R1" penalty on the non-saturating loss is what the StyleGAN family uses. Lucic et al. (2018) compare losses and penalties with equal budgets for
 tuning and find none that is consistently better than this one.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.gans.many_paths import d_loss, g_loss, gradient_penalty
+
+    for kind, weight in (("minimax", 0.0), ("nonsaturating", 0.0), ("minimax", 1.0)):
+        shift = torch.zeros(2, requires_grad=True)  # the generator; the data are at (2, 2)
+        D = nn.Sequential(nn.Linear(2, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
+        opt_g = torch.optim.SGD([shift], 0.2)
+        opt_d = torch.optim.Adam(D.parameters(), 1e-2, betas=(0.5, 0.9))
+        for _ in range(60):
+            for _ in range(10):  # D is far ahead of G
+                real, fake = 0.3 * torch.randn(64, 2) + 2, 0.3 * torch.randn(64, 2) + shift
+                loss = d_loss(D(real), D(fake.detach()))
+                if weight:  # the method: a penalty on the slope of D, or ...
+                    loss = loss + weight * gradient_penalty(D, real, kind="dragan")
+                opt_d.zero_grad(), loss.backward(), opt_d.step()
+            loss = g_loss(D(fake), kind)  # ... a loss that does not saturate
+            opt_g.zero_grad(), loss.backward(), opt_g.step()
+        print(f"{kind} loss, penalty {weight:.0f}: G ends {(shift - 2).norm():.2f} from the data")
 """
 
 from __future__ import annotations

@@ -31,6 +31,27 @@ Deviations from the paper:
 Later work: Arbel et al. (2018) bound the witness's gradient in closed form instead of penalising it at samples. KID became a standard companion of FID,
 above all for small data sets (Karras et al., 2020, with few training images). Chong and Forsyth (2020) show that FID's bias even depends on the generator,
 and extrapolate it to infinitely many samples. Jayasumana et al. (2024) replace both by MMD with a Gaussian kernel on CLIP features.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.gans.mmd import mmd2, mmd_critic_loss, rq_kernel
+
+    sample = lambda n: 2 * torch.randint(2, (n, 2)) - 1 + 0.1 * torch.randn(n, 2)  # four modes
+    G = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    critic = nn.Sequential(nn.Linear(2, 64), nn.LeakyReLU(0.1), nn.Linear(64, 8))  # 8 features
+    adam = lambda net: torch.optim.Adam(net.parameters(), 1e-3, betas=(0.5, 0.9))
+    opt_g, opt_d = adam(G), adam(critic)
+    for step in range(241):
+        if step % 80 == 0:
+            with torch.no_grad():
+                distance = mmd2(sample(500), G(torch.randn(500, 4)), rq_kernel)
+            print(f"step {step}: MMD^2 of real and generated points {distance:.3f}")
+        loss = mmd_critic_loss(critic, sample(32), G(torch.randn(32, 4)).detach())  # the method
+        opt_d.zero_grad(), loss.backward(), opt_d.step()
+        loss = mmd2(critic(sample(32)), critic(G(torch.randn(32, 4))), rq_kernel)
+        opt_g.zero_grad(), loss.backward(), opt_g.step()
+    print(f"MMD^2 of two real samples: {mmd2(sample(500), sample(500), rq_kernel):.3f}")
 """
 
 from __future__ import annotations
@@ -63,7 +84,9 @@ def rq_kernel(x: Tensor, y: Tensor, alphas: Sequence[float] = (0.2, 0.5, 1.0, 2.
     """
     _check_scales("alphas", alphas)
     sq = sq_dists(x, y)
-    return sum((1 + sq / (2 * a)) ** -a for a in alphas)
+    a = torch.tensor(alphas, dtype=sq.dtype, device=sq.device)[:, None, None]
+    # exp and log have cheaper derivatives than a power, and all exponents go through them together: [k, n, m]
+    return torch.exp(-a * torch.log1p(sq / (2 * a))).sum(0)
 
 
 def rbf_kernel(x: Tensor, y: Tensor, sigmas: Sequence[float] = (2, 5, 10, 20, 40, 80)) -> Tensor:
@@ -92,7 +115,7 @@ def poly_kernel(x: Tensor, y: Tensor) -> Tensor:
         ValueError: shapes that do not fit.
     """
     _check_pair(x, y)
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    return torch.addmm(x.new_ones(()), x, y.T, alpha=1 / x.shape[1]) ** 3
 
 
 def distance_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -193,14 +216,20 @@ def mmd_critic_loss(
     """
     if not gp_weight >= 0:
         raise ValueError(f"gp_weight must not be negative, got {gp_weight}")
-    fx, fy = critic(real), critic(fake)
-    loss = -mmd2(fx, fy, kernel)
+    if real.shape[1:] != fake.shape[1:]:
+        raise ValueError(f"expected samples of one shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
+    features = critic(torch.cat([real, fake]))
+    n, m = len(real), len(fake)
+    if min(n, m) < 2:
+        raise ValueError(f"expected at least 2 rows in both samples, got {n} and {m}")
+    k = kernel(features, features)  # all pairs at once: for a mini-batch one call costs less than the three of mmd2
+    loss = 2 * k[:n, n:].mean() - _within(k[:n, :n], True) - _within(k[n:, n:], True)
     if gp_weight == 0:
         return loss
 
     def witness(t: Tensor) -> Tensor:
-        ft = critic(t)
-        return kernel(fx, ft).mean(0) - kernel(fy, ft).mean(0)  # [B]
+        to_real, to_fake = kernel(features, critic(t)).split([n, m])  # [B, B] each
+        return to_real.mean(0) - to_fake.mean(0)  # [B]
 
     steep = gradient_norms(witness, interpolates(real, fake, generator))
     return loss + gp_weight * (steep - 1).square().mean()

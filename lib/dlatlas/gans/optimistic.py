@@ -23,6 +23,26 @@ Later work: Gidel et al. (2019) place the step among the methods of extrapolatio
 step instead of two). Mokhtari et al. (2020) show that both approximate the proximal point method, and prove linear rates. With noisy gradients
 the guess is as noisy as the gradient; Mishchenko et al. (2020) show that extragradient then wants the same sample at both places. Daskalakis
 and Panageas (2018) find that in general games the method may also stop at points that are no local equilibria.
+
+Example:
+    import torch
+    from dlatlas.gans.optimistic import OMD
+
+    data = torch.randn(2000, 2) + torch.tensor([3.0, -1.0])
+    for make in (torch.optim.SGD, OMD):
+        shift = torch.zeros(2, requires_grad=True)  # the generator: noise + shift
+        critic = torch.nn.Linear(2, 1, bias=False)
+        opt_g, opt_d = make([shift], lr=0.1), make(critic.parameters(), lr=0.1)  # the method
+        for _ in range(1000):
+            real = data[torch.randint(len(data), (256,))]
+            fake = torch.randn(256, 2) + shift
+            opt_g.zero_grad(), opt_d.zero_grad()
+            loss = critic(real).mean() - critic(fake).mean()  # small for G, large for D
+            loss.backward()
+            critic.weight.grad.neg_()
+            opt_g.step(), opt_d.step()
+        error = (shift - data.mean(0)).norm().item()
+        print(f"{make.__name__}: the generator's mean ends {error:.2f} from that of the data")
 """
 
 from __future__ import annotations

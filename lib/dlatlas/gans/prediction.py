@@ -20,6 +20,29 @@ Deviations from the paper:
 Later work: prediction, optimism and extragradient turned out to be relatives: each evaluates a gradient near where the players will be
 (Gidel et al., 2019). The study of Mescheder et al. (2018) shows on a one-line example that plain alternating training does not converge where
 regularised training does; gradient penalties and averaging of weights, not prediction, became common practice.
+
+Example:
+    import torch
+    from dlatlas.gans.prediction import Predicted
+
+    data = torch.randn(2000, 2) + torch.tensor([3.0, -1.0])
+    for gamma in (0.0, 1.0):  # 0: plain alternation
+        shift = torch.zeros(2, requires_grad=True)  # the generator: noise + shift
+        critic = torch.nn.Linear(2, 1, bias=False)
+        opt_g = Predicted(torch.optim.SGD([shift], lr=0.1), gamma)  # the method: wrap it ...
+        opt_d = torch.optim.SGD(critic.parameters(), lr=0.1)
+        for _ in range(1000):
+            opt_g.zero_grad()
+            (-critic(torch.randn(256, 2) + shift).mean()).backward()
+            opt_g.step()
+            with opt_g.lookahead():  # ... and let D look ahead
+                fake = torch.randn(256, 2) + shift.detach()
+            real = data[torch.randint(len(data), (256,))]
+            opt_d.zero_grad()
+            (critic(fake).mean() - critic(real).mean()).backward()
+            opt_d.step()
+        error = (shift - data.mean(0)).norm().item()
+        print(f"gamma {gamma:.0f}: the generator's mean ends {error:.2f} from that of the data")
 """
 
 from __future__ import annotations

@@ -27,6 +27,28 @@ Deviations from the paper:
 
 Later work: the kernel estimate limits the method to low dimensions, and it has not been taken up for images. That moving mass (a Wasserstein-Fisher-Rao
 flow, with birth and death of particles) escapes where moving samples cannot was proved for wide networks by Rotskoff et al. (2019).
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.gans.primal_dual import primal_dual_g_loss
+
+    data = 0.3 * torch.randn(64, 1) + 3 * torch.tensor([-1.0, 1.0]).repeat(32)[:, None]
+    density = lambda samples, at: (-(at - samples.T).square() / 2).exp().mean(1)
+    for weight in (0.0, 300.0):
+        G = nn.Sequential(nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 1))
+        with torch.no_grad():
+            G[2].bias.fill_(-3.0)  # all samples start in one of the two clusters
+        optimizer = torch.optim.Adam(G.parameters(), 3e-3)
+        for _ in range(300):
+            fake = G(torch.randn(64, 1))
+            still = fake.detach()  # D is the best discriminator of the samples as they stand
+            D = lambda at: density(data, at) / (density(data, at) + density(still, at))
+            loss = -D(fake).log().mean()
+            loss = loss + primal_dual_g_loss(fake, data, D(data), 0.1, 2.0, weight)  # the method
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+        share = (G(torch.randn(2000, 1)) > 0).float().mean()
+        print(f"weight {weight:.0f}: {share:.0%} of the samples are in the other cluster")
 """
 
 from __future__ import annotations

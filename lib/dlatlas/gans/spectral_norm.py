@@ -33,6 +33,18 @@ Later work: for a convolution, the norm of the reshaped kernel is not the norm o
 latter exactly by Fourier transforms. Zhang et al. (2019, SAGAN) normalise the generator as well, and Brock et al. (2019, BigGAN) keep this at
 large scale and still see training collapse in the end. Lin, Sekar and Fanti (2021) explain the success by gradients that neither explode
 nor vanish.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.gans.spectral_norm import spectral_norm
+
+    critic = nn.Sequential(
+        spectral_norm(nn.Conv2d(1, 32, 4, stride=2)), nn.LeakyReLU(0.1), nn.Flatten(), spectral_norm(nn.Linear(32 * 13 * 13, 1))
+    )
+    images = torch.rand(8, 1, 28, 28)
+    print(critic(images).shape)
+    print("largest singular value:", round(torch.linalg.matrix_norm(critic[3].weight, ord=2).item(), 3))
 """
 
 from __future__ import annotations
@@ -92,7 +104,7 @@ class SpectralNorm(nn.Module):
     def _unit(self, new: Tensor, old: Tensor) -> Tensor:
         """Direction of a vector, or the old one where there is none: a zero would never move again."""
         norm = new.norm()
-        return torch.where(norm > self.eps, new / norm.clamp_min(self.eps), old)
+        return torch.where(norm > self.eps, new / norm, old)
 
 
 def spectral_norm(module: nn.Module, name: str = "weight", n_power_iterations: int = 1) -> nn.Module:

@@ -23,6 +23,31 @@ Deviations from the paper:
 Later work: AutoAttack (Croce and Hein, 2020) runs the same ascent with a step that adapts and a loss that does not saturate, and still breaks defences
 that withstand this one. Rice et al. (2020) found that adversarial training overfits after its learning rate has dropped, so that stopping early does as much
 as many improvements of the method.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.robustness.pgd import PGDTrainer, pgd
+
+    y = torch.arange(2000) % 2
+    x = (torch.rand(2000, 50) + 0.06 * (2 * y[:, None] - 1)).clamp(0, 1)  # many weak hints
+    x[:, 0] = 0.25 + 0.5 * (y ^ (torch.rand(2000) < 0.1))  # a strong one, wrong in one of ten
+    for name in ("plain", "adversarial"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(50, 64), nn.ReLU(), nn.Linear(64, 2))
+        optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+        trainer = PGDTrainer(net, optimizer, eps=0.1)
+        for step in range(100):
+            i = torch.randint(1000, (100,))
+            if name == "adversarial":
+                trainer.step(x[i], y[i])  # attacks the batch, then learns from what it found
+                continue
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+            optimizer.step()
+        attacked = pgd(net, x[1000:], y[1000:], eps=0.1, steps=20)
+        clean, left = ((net(z).argmax(1) == y[1000:]).double().mean() for z in (x[1000:], attacked))
+        print(f"{name}: accuracy {clean:.2f}, under attack {left:.2f}")
 """
 
 from __future__ import annotations
