@@ -30,6 +30,33 @@ Deviations from the paper:
 Later work: Melis et al. (2018, in this atlas) reach the same perplexity with another well-tuned LSTM. AWD-LSTM became the standard recurrent
 baseline, and ULMFiT (Howard and Ruder 2018) fine-tunes it. PyTorch moved the weights of an LSTM into one flat buffer, and code that replaced a
 weight by its dropped version could silently stop to have an effect: here the pass gets the dropped matrix as an argument.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.awd_lstm import NTASGD, LockedDropout, WeightDropLSTM
+
+    words, follows = [torch.randint(20, (500,))], (2 * torch.randn(20, 20)).softmax(1)
+    for _ in range(20):
+        words.append(follows[words[-1]].multinomial(1)[:, 0])
+    text = torch.stack(words, 1)  # 200 sequences to train on, 300 held out
+    for p in (0.0, 0.5):
+        lstm = WeightDropLSTM(32, 64, weight_drop=p)  # the method: in the place of nn.LSTM
+        embed, drop, head = nn.Embedding(20, 32), LockedDropout(p / 2), nn.Linear(64, 20)
+        model = nn.ModuleList([embed, drop, lstm, head])
+        optimizer = NTASGD(model.parameters(), lr=5.0, nonmono=3)  # in the place of SGD
+        def loss(x, training):
+            model.train(training)
+            logits = head(drop(lstm(drop(embed(x[:, :-1])))[0]))
+            return nn.functional.cross_entropy(logits.transpose(1, 2), x[:, 1:])
+        for step in range(250):
+            optimizer.zero_grad()
+            loss(text[torch.randint(200, (16,))], training=True).backward()
+            optimizer.step()
+            if step % 25 == 24:
+                with optimizer.averaged():  # the mean of the weights, once it runs
+                    optimizer.observe(held_out := loss(text[200:], training=False).item())
+        print(f"weight drop {p}: held-out loss {held_out:.3f}")
 """
 
 from __future__ import annotations

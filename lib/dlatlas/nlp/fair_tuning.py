@@ -32,6 +32,32 @@ Deviations from the paper:
 Later work: Merity et al. (2018, in this atlas) reached the same figures independently. Mogrifier LSTM (Melis, Kočiský and Blunsom 2020) was tuned
 under the same rule and does improve on the LSTM. Dodge et al. (2019, "Show your work: improved reporting of experimental results") propose to report the
 expected best validation result as a function of the tuning budget, and equal budgets became part of reproducibility checklists.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.fair_tuning import compare
+
+    x = torch.randn(400, 10)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+
+    def objective(activation):  # takes hyper-parameters, trains, returns the validation loss
+        def validation_loss(p):
+            model = nn.Sequential(nn.Linear(10, p["width"]), activation(), nn.Linear(p["width"], 2))
+            optimizer = torch.optim.Adam(model.parameters(), lr=p["lr"])
+            for _ in range(60):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[:300]), y[:300]).backward()
+                optimizer.step()
+            return nn.functional.cross_entropy(model(x[300:]), y[300:]).item()
+        return validation_loss
+
+    models = {"tanh": objective(nn.Tanh), "relu": objective(nn.ReLU)}
+    print("untuned:", {name: round(f({"lr": 1e-3, "width": 32}), 3) for name, f in models.items()})
+    space = {"lr": (1e-4, 1e-1, "log"), "width": (8, 64, "int")}
+    # the method: a tuner, and equal care for all
+    for row in compare(models, dict.fromkeys(models, space), n_trials=6, seeds=[0, 1]):
+        print(f"{row['name']}: {row['mean']:.3f} +- {row['spread']:.3f}")
 """
 
 from __future__ import annotations
@@ -50,6 +76,7 @@ from scipy.stats import qmc
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 __all__ = ["CappedLSTMCell", "TuneResult", "compare", "tune"]
 
@@ -86,7 +113,7 @@ class CappedLSTMCell(nn.Module):
         if x_t.dim() != 2 or x_t.shape[1] != self.weight_ih.shape[1]:
             raise ValueError(f"expected inputs [batch, {self.weight_ih.shape[1]}], got {tuple(x_t.shape)}")
         h, c = (x_t.new_zeros(len(x_t), self.weight_hh.shape[1]),) * 2 if state is None else state
-        gates = x_t @ self.weight_ih.T + self.bias_ih + h @ self.weight_hh.T + self.bias_hh  # [B, 4 d_hidden]
+        gates = linear(x_t, self.weight_ih, self.bias_ih) + linear(h, self.weight_hh, self.bias_hh)  # [B, 4 d_hidden]
         i, f, g, o = gates.chunk(4, 1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         if self.tie_gates:

@@ -26,6 +26,28 @@ Deviations from the paper:
 Later work: R-Drop (Liang et al. 2021) keeps the two passes and compares the two distributions by a symmetric Kullback-Leibler divergence, with
 larger gains, on transformers. Consistency between two perturbed passes is also the core of semi-supervised learning (the Pi-model of Laine and
 Aila 2017, which stops the gradient of one branch) and of self-supervised learning with two views of an image.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.fraternal import fraternal_loss, fraternal_penalty
+
+    x, centres = torch.randn(1100, 20), 1.2 * torch.randn(5, 20)
+    y = (x @ centres.T + 2 * torch.randn(1100, 5)).argmax(1)
+    for kappa in (0.0, 0.1):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 5))
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for step in range(300):
+            # the method: two passes with two masks, and what it costs that they differ
+            loss = fraternal_loss(model(x[:100]), model(x[:100]), y[:100], kappa=kappa)
+            optimizer.zero_grad()
+            loss["total"].backward()
+            optimizer.step()
+        with torch.no_grad():
+            apart = fraternal_penalty(model, x[100:], 10)
+            test = nn.functional.cross_entropy(model.eval()(x[100:]), y[100:])
+        print(f"kappa {kappa}: two masks are {apart:.2f} apart, test loss {test:.3f}")
 """
 
 from __future__ import annotations

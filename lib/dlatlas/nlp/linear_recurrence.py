@@ -36,6 +36,30 @@ Later work: A recurrence of this kind, with better ways to set its decays, is th
 (Orvieto et al., 2023) and of Mamba (Gu and Dao, 2023), which also makes the decays depend on the input, as the gates do here. Feng et al.
 (2024) came back to LSTM and GRU without state in the gates, trained by a scan, and found them competitive on small language models.
 Merrill et al. (2024) showed the price: with diagonal decays of this kind a fixed number of layers cannot follow some simple state machines.
+
+Example:
+    import torch
+    from dlatlas.nlp.linear_recurrence import GILRLSTM, linear_recurrence
+
+    x, h, states = torch.randn(1, 1000, 3), torch.zeros(1, 3), []
+    for t in range(1000):  # a thousand steps, each waits for the one before
+        h = torch.tensor([0.5, 0.9, 0.99]) * h + x[:, t]
+        states.append(h)
+    states = torch.stack(states, 1)
+    logits = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for step in range(150):
+        decay = torch.sigmoid(logits).expand_as(x)
+        guess = linear_recurrence(decay, x)  # the method: all steps at once, and their gradient
+        loss = ((guess - states) / states.std(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print("decays found from the states:", [round(v, 3) for v in torch.sigmoid(logits).tolist()])
+    layer = GILRLSTM(3, 16).chrono_(t_max=1000)  # a layer made of it, in the place of nn.LSTM
+    out, state = layer(x[:, :600])
+    rest, state = layer(x[:, 600:], state)  # goes on where the first part ended
+    print("same in two parts:", torch.allclose(torch.cat([out, rest], 1), layer(x)[0], atol=1e-5))
 """
 
 from __future__ import annotations

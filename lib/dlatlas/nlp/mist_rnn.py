@@ -21,6 +21,28 @@ Deviations from the paper:
 Later work: Skips that double, without attention, are the dilated recurrent networks of Chang et al. (2017). Attention over all earlier
 states, instead of a logarithmic number, replaced the recurrence; how many steps lead from one place to another
 came back there as the argument for sparse patterns of attention (Child et al., 2019).
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.mist_rnn import MISTRNN, shortest_path
+
+    # the second is the method: it also sees its states of 2, 4, ..., 32 steps ago
+    layers = {"tanh": nn.RNN(4, 32, batch_first=True), "MIST": MISTRNN(4, 32, n_delays=6)}
+    for name, layer in layers.items():
+        head = nn.Linear(32, 4)
+        optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=2e-2)
+        for step in range(60):
+            y = torch.randint(4, (32,))
+            x = torch.zeros(32, 50, 4)
+            x[:, 0] = nn.functional.one_hot(y, 4).float()  # which symbol was it, 49 blanks ago?
+            loss = nn.functional.cross_entropy(head(layer(x)[0][:, -1]), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"{name}: loss {loss:.3f} (guessing: 1.386)")
+    steps = [shortest_path(49, delays) for delays in ([1], layer.cell.delays)]
+    print("steps of the state from the symbol to the end:", steps)
 """
 
 from __future__ import annotations
@@ -82,8 +104,9 @@ class MISTCell(nn.Module):
         n, H = len(self.delays), self.d_hidden
         logits, reset, candidate = projected.split([n, H, H], -1)
         seen = self.gates(old[:, 0])
-        a = torch.softmax(logits + seen[:, :n], -1)
-        mixed = torch.sigmoid(reset + seen[:, n:]) * (a[:, None] @ old)[:, 0]  # [B, H]
+        seen_logits, seen_reset = seen.split([n, H], -1)
+        a = torch.softmax(logits + seen_logits, -1)
+        mixed = torch.sigmoid(reset + seen_reset) * (a[:, None] @ old).squeeze(1)  # [B, H]
         return torch.tanh(candidate + self.mix(mixed)), a
 
 

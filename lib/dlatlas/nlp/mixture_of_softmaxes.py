@@ -32,6 +32,26 @@ learnt function of its logits, at less cost, and find that rank alone does not e
 "Low-rank softmax can have unargmaxable classes in theory but rarely in practice") look at the other consequence of a low rank, words that can
 never be the most probable one, and find few in practice. Large language models have a $d$ of thousands and one softmax; Godey et al. (2024, "Why do
 small language models underperform?") meet the bottleneck again in the small ones.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.mixture_of_softmaxes import MixtureOfSoftmaxes, log_prob_rank
+
+    logits = 0.3 * torch.randn(60, 24) @ torch.randn(24, 60)
+    target = logits.log_softmax(1)  # the next word's log-probabilities in 60 contexts
+    heads = {"one softmax": nn.Sequential(nn.Linear(8, 60), nn.LogSoftmax(-1))}
+    heads["mixture"] = MixtureOfSoftmaxes(8, 60, n_experts=8)  # the method, in its place
+    for name, head in heads.items():
+        contexts = nn.Parameter(torch.randn(60, 8))  # stand for the states of a recurrent network
+        optimizer = torch.optim.Adam([*head.parameters(), contexts], lr=0.03)
+        for step in range(300):
+            loss = (target.exp() * (target - head(contexts))).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        rank = log_prob_rank(head.double()(contexts.double()))
+        print(f"{name}: rank {rank}, divergence {loss:.3f}")
 """
 
 from __future__ import annotations

@@ -37,6 +37,27 @@ Deviations from the paper:
 Later work: Htut, Cho and Bowman (2018, "Grammar induction with neural language models: an unusual replication") find that the published trees came
 from models selected on the test trees, and that PRPN still beats its baselines without. Dyer, Melis and Blunsom (2019, "A critical analysis of
 biased parsers in unsupervised parsing") show the parser's bias. Ordered neurons (Shen et al. 2019) put the same idea into the gates of an LSTM.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.prpn import PRPN, tree_from_distances
+
+    phrases = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    text = phrases[torch.randint(3, (1000, 4))].flatten(1)  # four phrases of three words
+    model = PRPN(10, 16, 24, n_lookback=2)  # the method: a language model that learns distances
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(100):
+        x = text[torch.randint(1000, (32,))]
+        logits, distances = model(x[:, :-1])
+        loss = nn.functional.cross_entropy(logits.transpose(1, 2), x[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    sentence = torch.tensor([[1, 2, 3, 7, 8, 9, 4, 5, 6]])
+    gaps = model.distances(sentence)[0, 1:]
+    print("distances:", [round(v, 1) for v in gaps.tolist()])
+    print("tree:", tree_from_distances(sentence[0].tolist(), gaps))
 """
 
 from __future__ import annotations

@@ -32,6 +32,28 @@ Deviations from the paper:
 Later work: The journal version (Dangovski et al., 2019) adds summarisation of long texts. Rotations of pairs of coordinates by an angle that
 depends on the position became the usual position code of Transformers (Su et al., 2021), and products of data-dependent reflections are
 the state transitions of DeltaNet (Schlag et al., 2021; Yang et al., 2024), which are trained in parallel over time.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.rum import RUMCell
+
+    for cell in (nn.GRUCell(4, 32), RUMCell(4, 32)):  # the second is the method
+        head = nn.Linear(32, 4)
+        optimizer = torch.optim.Adam([*cell.parameters(), *head.parameters()], lr=1e-2)
+        for step in range(60):
+            y = torch.randint(4, (32,))
+            x = torch.zeros(40, 32, 4)
+            x[0] = nn.functional.one_hot(y, 4).float()  # which symbol was it, 39 blanks ago?
+            h = torch.zeros(32, 32)
+            for x_t in x:
+                h = cell(x_t, h)
+                h = h[1] if isinstance(h, tuple) else h  # RUMCell returns (output, state)
+            loss = nn.functional.cross_entropy(head(h), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"{type(cell).__name__}: loss {loss:.3f} (guessing: 1.386)")
 """
 
 from __future__ import annotations

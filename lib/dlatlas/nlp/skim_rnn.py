@@ -27,6 +27,33 @@ Deviations from the paper:
 Later work: LSTM-Jump (Yu et al., 2017) before it, and Structural-Jump-LSTM (Hansen et al., 2019) after it, leave words out altogether. For
 Transformers, PoWER-BERT (Goyal et al., 2020) and Length-Adaptive Transformer (Kim and Cho, 2021) drop word vectors from layer to layer,
 and mixture-of-experts layers send each token to one of several networks of equal size.
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.skim_rnn import SkimLSTM, flops_fraction, temperature
+
+    def texts(n):  # of 20 words, three tell the class: words 0-9 the one, 10-19 the other
+        words, y = torch.randint(20, 100, (n, 20)), torch.randint(2, (n, 1))
+        places = torch.rand(n, 20).argsort(1)[:, :3]
+        return words.scatter(1, places, torch.randint(10, (n, 3)) + 10 * y), y[:, 0]
+
+    embed, lstm, head = nn.Embedding(100, 32), SkimLSTM(32, 64, 4), nn.Linear(64, 2)
+    model = nn.ModuleList([embed, lstm, head])
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(60):
+        words, y = texts(32)
+        out = lstm(embed(words), tau=temperature(step, rate=0.01), gamma=0.1)  # the method
+        loss = nn.functional.cross_entropy(head(out["out"][:, -1]), y)
+        optimizer.zero_grad()
+        (loss + out["penalty"]).backward()
+        optimizer.step()
+    words, y = texts(500)
+    out = lstm.eval()(embed(words))
+    print(f"right: {(head(out['out'][:, -1]).argmax(1) == y).double().mean():.2f}")
+    print(f"multiplications: {flops_fraction(out['skimmed'], 32, 64, 4):.2f} of always reading")
+    for name, which in (("that tell", words < 20), ("that do not", words >= 20)):
+        print(f"words {name}: {1 - out['skimmed'][which].double().mean():.2f} are read")
 """
 
 from __future__ import annotations

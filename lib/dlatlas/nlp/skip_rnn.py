@@ -22,6 +22,28 @@ Deviations from the paper:
 Later work: Neil et al. (2016, Phased LSTM) had skipped on a fixed rhythm, which the paper compares with. Skim-RNN updates a part of the state
 in place of nothing; Structural-Jump-LSTM (Hansen et al., 2019) skips words and jumps to the end of a sentence. In Transformers the idea lives on
 as layers that are skipped for single tokens (Raposo et al., 2024, Mixture-of-Depths).
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.skip_rnn import SkipRNN, budget_loss
+
+    for cost in (0.0, 2e-3):
+        torch.manual_seed(0)
+        layer, head = SkipRNN(nn.GRUCell(1, 32)), nn.Linear(32, 2)  # the method wraps a cell
+        optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=1e-2)
+        for step in range(80):
+            y = torch.randint(2, (32,))
+            angle = 6.28 * ((2 + 2 * y[:, None]) * torch.arange(30) / 30 + torch.rand(32, 1))
+            x = torch.sin(angle) + 0.1 * torch.randn(32, 30)  # a slow wave or a fast one?
+            out = layer(x[..., None])
+            logits = head(out["out"][:, -1])
+            loss = nn.functional.cross_entropy(logits, y) + budget_loss(out["updates"], cost=cost)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        right, share = (logits.argmax(1) == y).double().mean(), out["updates"].mean()
+        print(f"cost {cost}: {right:.2f} right, {share:.2f} of the steps are updates")
 """
 
 from __future__ import annotations
@@ -44,7 +66,7 @@ def next_update_prob(u_tilde: Tensor, u: Tensor, delta: Tensor) -> Tensor:
         u: whether it updated, 0 or 1.
         delta: increment.
     """
-    return u * delta + (1 - u) * (u_tilde + torch.minimum(delta, 1 - u_tilde))
+    return torch.lerp(u_tilde + torch.minimum(delta, 1 - u_tilde), delta, u)
 
 
 def binarize(u_tilde: Tensor) -> Tensor:
@@ -127,7 +149,7 @@ class SkipRNN(nn.Module):
         out, updates = [], []
         for t, x_t in enumerate(x.unbind(1)):
             u = binarize(u_tilde)[:, None]
-            new = tuple(u * n + (1 - u) * old for n, old in zip(self._update(x_t, s), s))
+            new = tuple(torch.lerp(old, n, u) for n, old in zip(self._update(x_t, s), s))  # exact for 0 and 1
             delta = torch.sigmoid(self.gate(new[-1]))
             new_tilde, h = next_update_prob(u_tilde[:, None], u, delta)[:, 0], new[0]
             u = u[:, 0]

@@ -31,6 +31,26 @@ Deviations from the paper:
 Later work: Trellis networks (Bai et al., 2019) tie the weights over levels, feed the input to each of them and so contain both this network and
 truncated recurrent ones. For language the Transformer took the place of both. Convolutions over whole sequences came back as the
 training-time form of linear state space models (Gu et al., 2022) and with kernels made by a small network (Romero et al., 2022).
+
+Example:
+    import torch
+    from torch import nn
+    from dlatlas.nlp.tcn import TCN
+
+    tcn = TCN(4, [16] * 5)  # the method, in the place of nn.RNN(4, 16, batch_first=True)
+    print("an output sees", tcn.receptive_field, "steps")
+    head = nn.Linear(16, 4)
+    optimizer = torch.optim.Adam([*tcn.parameters(), *head.parameters()], lr=1e-2)
+    for step in range(41):
+        symbols = torch.randint(4, (32, 150))
+        x = nn.functional.one_hot(symbols, 4).float()
+        logits = head(tcn(x))[:, 50:]  # name the symbol of 50 steps ago
+        loss = nn.functional.cross_entropy(logits.transpose(1, 2), symbols[:, :-50])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0:
+            print(f"step {step}: loss {loss:.3f}")
 """
 
 from __future__ import annotations

@@ -26,6 +26,26 @@ Later work: The paper itself finds gains in speech recognition and captioning an
 al. 2017) lets a latent variable carry the backward state. Since masked and permuted language models (BERT 2018, XLNet 2019) context from
 both sides is used directly where a model need not generate; for generators the idea came back as the prediction of several tokens at
 once (Gloeckle et al. 2024).
+
+Example:
+    import torch
+    from dlatlas.nlp.twin import TwinLM
+
+    words = torch.randint(8, (1400, 4))
+    text = torch.cat([words, words.flip(1)], 1)  # four letters and the same backwards
+    for alpha in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = TwinLM(8, 32, alpha=alpha)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for step in range(200):
+            loss = model.loss(text[torch.randint(400, (32,))])["total"]  # the method: a twin's loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        test = model.loss(text[400:])
+        print(f"alpha {alpha}: the twin's state is guessed to {test['twin']:.2f}", end=", ")
+        print(f"test loss {test['forward_nll']:.3f}")
+    print("without the twin:", tuple(model(text[:1]).shape))  # logits of the forward network alone
 """
 
 from __future__ import annotations
@@ -124,10 +144,11 @@ class TwinLM(nn.Module):
             tokens: ``[B, T]``.
             mask: ``[B, T]`` bool, True for the real tokens, which come first; None: all.
         """
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        h_fwd, h_bwd = self.states(tokens), self.twin_states(tokens, mask)
-        forward_nll = cross_entropy(self.forward_head(h_fwd)[mask], tokens[mask])
-        backward_nll = cross_entropy(self.backward_head(h_bwd)[mask], tokens[mask])
+        everything = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        h_fwd, h_bwd = self.states(tokens), self.twin_states(tokens, everything)
+        real = (lambda t: t.flatten(0, 1)) if mask is None else (lambda t: t[mask])  # an index costs more than a view
+        forward_nll = cross_entropy(real(self.forward_head(h_fwd)), real(tokens))
+        backward_nll = cross_entropy(real(self.backward_head(h_bwd)), real(tokens))
         twin = twin_penalty(h_fwd, h_bwd, self.g, mask)
         total = forward_nll + backward_nll + self.alpha * twin
         return {"total": total, "forward_nll": forward_nll, "backward_nll": backward_nll, "twin": twin}
