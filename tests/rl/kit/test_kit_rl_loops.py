@@ -520,3 +520,16 @@ def test_bad_runs():
             aggregate(runs)
     with pytest.raises(ValueError, match="level"):
         aggregate([1.0], level=1.0)
+
+
+def test_an_environment_that_can_multiply_itself_is_stepped_as_one_batch():
+    from dlatlas.rl.envs.toy import BatchedChain, Chain
+
+    for vec in (make_vec(lambda: Chain(12), 3), as_vector(Chain(12), 3)):
+        assert isinstance(vec.unwrapped, BatchedChain)
+        assert vec.reset(seed=0)[0].shape == (3, 12)
+    # A wrapper would be lost, so its copies are stepped one by one.
+    limited = make_vec(lambda: gymnasium.wrappers.TimeLimit(Chain(12), 5), 3)
+    limited.reset(seed=0)
+    truncations = [limited.step(np.ones(3, dtype=int))[3].all() for _ in range(5)]
+    assert truncations == [False] * 4 + [True]

@@ -89,8 +89,8 @@ def make_vec(env_cls: str | type | Callable[..., gymnasium.Env | VectorEnv], n: 
 
     Args:
         env_cls: an id of the registry ("CartPole-v1"), a class of environments or a function that makes one. A class with an attribute `batched`
-            (a vector environment in NumPy that takes the number of copies first) or a vector environment's class is used as it is; everything
-            else is stepped in a `SyncVectorEnv`.
+            (a vector environment in NumPy that takes the number of copies first) or a vector environment's class is used as it is, and so is an
+            environment with a method `batch(n)` that makes such copies of itself; everything else is stepped in a `SyncVectorEnv`.
         n: number of copies.
         kw: arguments of the environment.
     """
@@ -112,19 +112,29 @@ def make_vec(env_cls: str | type | Callable[..., gymnasium.Env | VectorEnv], n: 
     first = env_cls(**kw)
     if isinstance(first, VectorEnv):
         return first if isinstance(first, SameStep) else SameStep(first)
+    if _batches(first):
+        return SameStep(first.batch(n))
     return _sync([lambda: first] + [lambda: env_cls(**kw)] * (n - 1))
+
+
+def _batches(env: gymnasium.Env) -> bool:
+    # A wrapper passes attributes through, but the copies would be without it.
+    return not isinstance(env, gymnasium.Wrapper) and callable(getattr(env, "batch", None))
 
 
 def as_vector(env: Source, n: int = 1) -> SameStep:
     """What a user has, in the one convention: a gymnasium environment, a vector environment, an id, a class or a function that makes one.
 
-    `n` is the number of copies where copies can be made: of an id, a class or a function. An instance is used as it is.
+    `n` is the number of copies where copies can be made: of an id, a class, a function or an instance with a method `batch(n)`. Any other instance is
+    used as it is.
     """
     if isinstance(env, SameStep):
         return env
     if isinstance(env, VectorEnv):
         return SameStep(env)
     if isinstance(env, gymnasium.Env):
+        if _batches(env):
+            return SameStep(env.batch(n))
         if n != 1:
             raise ValueError(f"one environment cannot become {n} copies; give a function that makes one")
         return _sync([lambda: env])
