@@ -1,6 +1,8 @@
 """Exercises say right, wrong, or what is missing."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +47,17 @@ def test_several_parts():
 def test_a_question_without_text_is_refused():
     with pytest.raises(ValueError, match="hand in"):
         Exercise(" ", bool)
+
+
+@pytest.mark.parametrize(
+    "chapter", sorted((Path(__file__).parents[1] / "chapters").glob("*/*.md")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_exercise_of_a_chapter_has_a_check_before_its_solution_and_the_solution_passes_it(chapter):
+    text = chapter.read_text(encoding="utf-8")
+    exercises = re.split(r"(?m)^`{3,}\{exercise\}", text)[1:]
+    assert exercises
+    for part in exercises:
+        question, _, solution = part.partition("{solution-start}")
+        checks = re.findall(r"(?m)^(\w+) = Exercise\(", question)
+        assert len(checks) == 1, question[:80]
+        assert re.search(rf"(?m)^\s*assert {checks[0]}\(", solution.partition("{solution-end}")[0]), checks[0]

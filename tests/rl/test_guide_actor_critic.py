@@ -5,31 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
 from scipy.optimize import NonlinearConstraint, minimize
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from dlatlas.rl.envs import BatchedEnv
 from dlatlas.rl.guide_actor_critic import GAC, gac_dual, guide_actor, negative_definite, solve_dual
 
 F64 = torch.float64
-
-
-class Bandit(BatchedEnv):
-    """One step: the reward is a function of the action, and the episode is over."""
-
-    def __init__(self, num_envs, reward):
-        super().__init__(num_envs, spaces.Box(-1.0, 1.0, (2,)), spaces.Box(-2.0, 4.0, (1,)))
-        self.reward, self.state = reward, np.zeros((num_envs, 2))
-
-    def _begin(self, which):
-        self.state[which] = self.np_random.uniform(-1, 1, (len(which), 2))
-
-    def _advance(self, actions):
-        return self.reward(actions[:, 0]), np.ones(self.num_envs, dtype=bool)
-
-    def _observe(self):
-        return self.state.astype(np.float32)
 
 
 def rand(*shape, seed=0):
@@ -190,12 +171,12 @@ def test_expansion_of_the_critic(kind):
 
 
 @pytest.mark.parametrize(("curvature", "expand_at"), [("hessian", "sample"), ("gauss-newton", "mean")])
-def test_the_agent_climbs_to_the_best_action_of_a_bandit(curvature, expand_at):
+def test_the_agent_climbs_to_the_best_action_of_a_bandit(bandit, curvature, expand_at):
     torch.manual_seed(0)
     agent = GAC(
         2, 1, -2.0, 4.0, hidden=(32, 32), lr=3e-3, curvature=curvature, expand_at=expand_at, batch_size=128, warmup=200, reward_scale=0.1
     )
-    agent.fit(Bandit(16, lambda a: -((a - 2.2) ** 2)), 16 * 620, seed=0)  # in unit actions: the best is 0.4
+    agent.fit(bandit(16, lambda a: -((a - 2.2) ** 2)), 16 * 620, seed=0)  # in unit actions: the best is 0.4
     obs = np.random.default_rng(0).uniform(-1, 1, (100, 2)).astype(np.float32)
     assert np.abs(agent.act(obs, deterministic=True) - 2.2).max() < 0.3
     assert 0.095 < agent.cov.sqrt().item() < 0.6  # never below the final standard deviation

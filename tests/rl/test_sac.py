@@ -5,34 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
 from scipy.integrate import quad
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from dlatlas.rl.envs import BatchedEnv
 from dlatlas.rl.envs.control import BatchedPendulum
 from dlatlas.rl.sac import SAC, sac_actor_loss, soft_q_target, soft_value_target, tanh_normal_log_prob
 
 F64 = torch.float64
-
-
-class Bandit(BatchedEnv):
-    """One step: the reward is a function of the action, and the episode is over."""
-
-    def __init__(self, num_envs, reward):
-        super().__init__(num_envs, spaces.Box(-1.0, 1.0, (2,)), spaces.Box(-2.0, 4.0, (1,)))
-        self.reward, self.state = reward, np.zeros((num_envs, 2))
-
-    def _begin(self, which):
-        self.state[which] = self.np_random.uniform(-1, 1, (len(which), 2))
-
-    def _advance(self, actions):
-        return self.reward(actions[:, 0]), np.ones(self.num_envs, dtype=bool)
-
-    def _observe(self):
-        return self.state.astype(np.float32)
 
 
 def rand(*shape, seed=0):
@@ -115,11 +96,11 @@ def test_the_fixed_point_on_a_bandit_is_the_softmax():
 
 
 @pytest.mark.parametrize("alpha", [0.3, 2.0])
-def test_the_agent_finds_the_boltzmann_law_of_a_bandit(alpha):
+def test_the_agent_finds_the_boltzmann_law_of_a_bandit(bandit, alpha):
     """The best squashed Gaussian is near exp(r / alpha): its mean and mean reward are those of the quadrature over the unit interval."""
     torch.manual_seed(0)
     agent = SAC(2, 1, -2.0, 4.0, hidden=(32, 32), lr=3e-3, alpha=alpha, batch_size=128, warmup=200)
-    agent.fit(Bandit(16, lambda a: 0.5 * a), 16 * 420, seed=0)  # in unit actions: 0.5 (1 + 3 a)
+    agent.fit(bandit(16, lambda a: 0.5 * a), 16 * 420, seed=0)  # in unit actions: 0.5 (1 + 3 a)
     unit = np.linspace(-1, 1, 2001)[1:-1]
     w = np.exp(1.5 * unit / alpha)
     want = (w * unit).sum() / w.sum()

@@ -11,23 +11,6 @@ from dlatlas.rl.trust_pcl import TrustPCL, lambda_for_kl, path_consistency, trus
 F64 = torch.float64
 
 
-class Bandit(BatchedEnv):
-    """One step: the reward is a function of the action, and the episode is over."""
-
-    def __init__(self, num_envs, reward):
-        super().__init__(num_envs, spaces.Box(-1.0, 1.0, (2,)), spaces.Box(-2.0, 4.0, (1,)))
-        self.reward, self.state = reward, np.zeros((num_envs, 2))
-
-    def _begin(self, which):
-        self.state[which] = self.np_random.uniform(-1, 1, (len(which), 2))
-
-    def _advance(self, actions):
-        return self.reward(actions[:, 0]), np.ones(self.num_envs, dtype=bool)
-
-    def _observe(self):
-        return self.state.astype(np.float32)
-
-
 class Clock(BatchedEnv):
     """Observes (copy, episode, time); copy k terminates after 3 + k steps, all are cut after 6; the reward is 100 episode + time."""
 
@@ -231,7 +214,7 @@ def test_the_price_follows_the_returns():
     assert fixed.lam == 0.4 and calls == [fixed] * 10
 
 
-def test_the_agent_climbs_to_the_best_action_of_a_bandit():
+def test_the_agent_climbs_to_the_best_action_of_a_bandit(bandit):
     torch.manual_seed(0)
     agent = TrustPCL(
         2,
@@ -250,7 +233,7 @@ def test_the_agent_climbs_to_the_best_action_of_a_bandit():
         batch_size=128,
         warmup=200,
     )
-    agent.fit(Bandit(16, lambda a: -((a - 2.2) ** 2)), 16 * 500, seed=0)
+    agent.fit(bandit(16, lambda a: -((a - 2.2) ** 2)), 16 * 500, seed=0)
     obs = np.random.default_rng(0).uniform(-1, 1, (100, 2)).astype(np.float32)
     assert np.abs(agent.act(obs, deterministic=True) - 2.2).max() < 0.4
     gap = [(p - q).abs().max().item() for p, q in zip(agent.policy.parameters(), agent.prior.parameters())]
