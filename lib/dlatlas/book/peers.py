@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, linprog
 from scipy.signal import lfilter
 from scipy.spatial.transform import Rotation
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.svm import SVC
 from torch import Tensor, nn
+from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 from torch.nn.utils import parametrizations
 
 __all__ = ["PEERS", "Peer", "measure"]
@@ -232,3 +233,55 @@ def _grid() -> Pair:
 
     w = 0.6 * torch.randn(2000)
     return quantize_weight(w, 4), torch.fake_quantize_per_tensor_affine(w, 1 / 7, 0, -7, 7)
+
+
+@_peer(
+    "haarnoja2018soft",
+    "log-density of a tanh-squashed Gaussian",
+    "torch.distributions.TanhTransform",
+    1e-9,
+    "the same density; ours starts from the unsquashed number and needs no inverse of tanh",
+)
+def _squashed_density() -> Pair:
+    from dlatlas.rl.sac import tanh_normal_log_prob
+
+    mean, log_std = torch.randn(50, 3, dtype=F64), torch.randn(50, 3, dtype=F64) / 3
+    u = mean + log_std.exp() * torch.randn(50, 3, dtype=F64)
+    squashed = TransformedDistribution(Normal(mean, log_std.exp()), [TanhTransform(cache_size=1)])
+    return tanh_normal_log_prob(mean, log_std, u), squashed.log_prob(u.tanh()).sum(1)
+
+
+@_peer(
+    "abdolmaleki2018maximum",
+    "divergence of two Gaussians of equal width, and of equal mean",
+    "torch.distributions.kl_divergence",
+    1e-12,
+    "the same formula, split into the part of the mean and that of the width",
+)
+def _decoupled_divergence() -> Pair:
+    from dlatlas.rl.mpo import decoupled_kl
+
+    mean, other = torch.randn(2, 50, 3, dtype=F64)
+    std, wide = torch.rand(2, 50, 3, dtype=F64) + 0.2
+    ours = torch.stack([decoupled_kl(mean, std, other, std)[0], decoupled_kl(mean, std, mean, wide)[1]])
+    old = Normal(mean, std)
+    return ours, torch.stack([kl_divergence(old, new).sum(1) for new in (Normal(other, std), Normal(mean, wide))])
+
+
+@_peer(
+    "dai2018boosting",
+    "value of the Lagrangian at the saddle point of a random decision problem",
+    "scipy.optimize.linprog",
+    1e-7,
+    "the linear programme's optimal values and multipliers put into our Lagrangian give the programme's own optimum",
+)
+def _linear_programme() -> Pair:
+    from dlatlas.rl.dual_ac import lagrangian
+
+    S, A, gamma = 6, 3, 0.9
+    P, R, mu = torch.rand(S, A, S, dtype=F64).softmax(-1), torch.randn(S, A, dtype=F64), torch.full((S,), 1 / S, dtype=F64)
+    # V(s) >= R(s, a) + gamma E V(s') for all s, a, written as rows of an upper bound.
+    rows = (gamma * P - torch.eye(S, dtype=F64)[:, None]).flatten(0, 1)
+    found = linprog((1 - gamma) * mu.numpy(), A_ub=rows.numpy(), b_ub=-R.flatten().numpy(), bounds=(None, None), method="highs")
+    V, rho = torch.tensor(found.x), torch.tensor(-found.ineqlin.marginals).view(S, A)
+    return lagrangian(P, R, mu, gamma, V, rho), torch.tensor(found.fun, dtype=F64)
