@@ -68,6 +68,9 @@ def chrono_init_(rnn: nn.Module, t_max: float, generator: torch.Generator | None
     $b \sim \log U[1, t_{\max} - 1]$ for the gate that keeps the state, and $-b$ for the input gate of an LSTM. Weights and the other biases
     are not touched.
 
+    In a stack each layer, and in a bidirectional network each direction, draws memories of its own from the same range: all of them step through
+    the same sequence, and each is meant to span a dependency by itself. Where layers should have different ranges, make them one by one.
+
     Args:
         rnn: ``nn.LSTM``, ``nn.LSTMCell``, ``nn.GRU``, ``nn.GRUCell`` or a gated :class:`LeakyCell`.
         t_max: longest dependency, in steps.

@@ -19,8 +19,10 @@ GILR-LSTM, with the logistic function $\sigma$, products element by element and 
 
 $$ g_t = \sigma(V_g x_t + b_g) , \quad j_t = \tanh(V_j x_t + b_j) , \quad \tilde h_t = g_t \tilde h_{t-1} + (1 - g_t) j_t , $$
 
-$$ f_t, i_t, o_t = \sigma(W [\tilde h_{t-1}, x_t] + b) , \quad z_t = \tanh(W_z [\tilde h_{t-1}, x_t] + b_z) , \quad
-   c_t = f_t c_{t-1} + i_t z_t , \quad h_t = o_t c_t . $$
+$$ \begin{aligned}
+   f_t, i_t, o_t &= \sigma(W [\tilde h_{t-1}, x_t] + b) , & z_t &= \tanh(W_z [\tilde h_{t-1}, x_t] + b_z) , \\
+   c_t &= f_t c_{t-1} + i_t z_t , & h_t &= o_t c_t .
+   \end{aligned} $$
 
 Both recurrences are linear, so no step waits for another one.
 
@@ -34,8 +36,10 @@ Deviations from the paper:
 
 Later work: A recurrence of this kind, with better ways to set its decays, is the core of S5 (Smith et al., 2023), of the linear recurrent unit
 (Orvieto et al., 2023) and of Mamba (Gu and Dao, 2023), which also makes the decays depend on the input, as the gates do here. Feng et al.
-(2024) came back to LSTM and GRU without state in the gates, trained by a scan, and found them competitive on small language models.
-Merrill et al. (2024) showed the price: with diagonal decays of this kind a fixed number of layers cannot follow some simple state machines.
+(2024) came back to LSTM and GRU without state in the gates, trained by a scan, and found them competitive on small tasks, a
+small language model among them. Merrill et al. (2024) showed a price: with diagonal decays, whatever their sign, a fixed number of layers
+cannot follow some simple state machines, such as one that composes permutations (at limited precision, and unless two classes of circuits are
+the same). With positive decays not even parity can be followed at any length; negative ones cure that (Sarrof et al., 2024; Grazzi et al., 2024).
 
 Example:
     import torch

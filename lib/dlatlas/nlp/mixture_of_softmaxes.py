@@ -1,7 +1,7 @@
 r"""Mixture of softmaxes (yang2018breaking).
 
 A language model ends in a softmax: a state of $d$ numbers, times a matrix of word vectors. Whatever comes before, the matrix of
-log-probabilities that such a model gives to many contexts and all words then has rank $d + 1$ at most. If language needs more, no
+log-probabilities that such a model gives to many contexts and all words then has rank $d + 2$ at most ($d + 1$ if words have no bias). If language needs more, no
 training finds it: a bottleneck. A mixture of softmaxes makes $K$ states out of one, turns each into a distribution with the same word vectors
 and averages the distributions. The logarithm of the average is no longer a product of two thin matrices, and its rank has no such bound.
 
@@ -9,8 +9,10 @@ Equations:
 
 With a state $h$ of the context $c$, word vectors $w_x$ and biases $b_x$,
 
-$$ P(x \mid c) = \sum_{k=1}^{K} \pi_k(c) \, \frac{\exp(w_x^T h_k(c) + b_x)}{\sum_{x'} \exp(w_{x'}^T h_k(c) + b_{x'})} , \qquad
-   \pi(c) = \operatorname{softmax}(U h) , \quad h_k(c) = \tanh(V_k h + v_k) . $$
+$$ \begin{aligned}
+   P(x \mid c) &= \sum_{k=1}^{K} \pi_k(c) \, \frac{\exp(w_x^T h_k(c) + b_x)}{\sum_{x'} \exp(w_{x'}^T h_k(c) + b_{x'})} , \\
+   \pi(c) &= \operatorname{softmax}(U h) , \qquad h_k(c) = \tanh(V_k h + v_k) .
+   \end{aligned} $$
 
 In logarithms, as it is computed, $\log P = \operatorname{logsumexp}_k [\log \pi_k + \log \operatorname{softmax}(W h_k + b)]$.
 
@@ -65,6 +67,13 @@ __all__ = ["MixtureOfSoftmaxes", "log_prob_rank"]
 
 class MixtureOfSoftmaxes(nn.Module):
     r"""Output layer $\log P = \operatorname{logsumexp}_k [\log \pi_k + \log \operatorname{softmax}(W \tanh(V_k h + v_k) + b)]$.
+
+    The output is log-probabilities, not logits. It goes into `nll_loss`, or into `cross_entropy` just as well, since a log-softmax changes nothing
+    of numbers that are normalised already.
+
+    The states $h_k$ lie between -1 and 1. If `decoder.weight` is tied to an embedding, start that wide enough, for instance uniformly in
+    [-0.5, 0.5]: with word vectors within 0.1 all words begin almost equally probable, little gradient comes back through the additional layer,
+    and a short training ends far behind a plain softmax.
 
     Args:
         d_model: width of the state.

@@ -17,7 +17,10 @@ $$ \tilde M[i] = \sum_{k=0}^{K} \pi_k M_{t-1}[i + k] , \qquad M_t[0] = v_t , \qu
 
 Controller: from $h_{t-1}$, the token $x_t$ and the item that would be on top,
 
-$$ a_k = w^T [h_{t-1}; x_t; M_{t-1}[k]] + b_k , \quad (h_t, c_t) = \operatorname{LSTM}([x_t; \tilde M[0]], (h_{t-1}, c_{t-1})) , \quad v_t = \tanh(W h_t + b_v) , $$
+$$ \begin{aligned}
+   a_k &= w^T [h_{t-1}; x_t; M_{t-1}[k]] + b_k , \qquad v_t = \tanh(W h_t + b_v) , \\
+   (h_t, c_t) &= \operatorname{LSTM}([x_t; \tilde M[0]], (h_{t-1}, c_{t-1})) ,
+   \end{aligned} $$
 
 and the logits of the next token are affine in $[h_t; \tilde M[0]]$. For $K = 1$ this is a continuous stack that pops or not before it pushes,
 as in Joulin and Mikolov (2015).

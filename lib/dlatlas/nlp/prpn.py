@@ -17,8 +17,10 @@ $$ \alpha_j^t = \tfrac12 \left( \operatorname{hardtanh}(\tau (d_t - d_j)) + 1 \r
 
 Reading: attention over the last slots, gated, then the usual update of an LSTM:
 
-$$ k_t = W_h h_{t-1} + W_x e_t , \quad \tilde s_i^t = \operatorname{softmax}_i (h_i^T k_t / \sqrt{\dim k}) , \quad
-   s_i^t = \frac{g_i^t}{\sum_j g_j^t} \tilde s_i^t , \quad (\tilde h_t, \tilde c_t) = \sum_i s_i^t (h_i, c_i) , $$
+$$ \begin{aligned}
+   k_t &= W_h h_{t-1} + W_x e_t , & \tilde s_i^t &= \operatorname{softmax}_i (h_i^T k_t / \sqrt{\dim k}) , \\
+   s_i^t &= \frac{g_i^t}{\sum_j g_j^t} \tilde s_i^t , & (\tilde h_t, \tilde c_t) &= \sum_i s_i^t (h_i, c_i) ,
+   \end{aligned} $$
 
 $$ (h_t, c_t) = \operatorname{LSTM}(e_t, (\tilde h_t, \tilde c_t)) . $$
 

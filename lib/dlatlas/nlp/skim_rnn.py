@@ -10,13 +10,13 @@ $h_{t-1}$,
 $$ p_t = \operatorname{softmax}(W [x_t; h_{t-1}] + \beta) \in \mathbb R^2 , \qquad
    h_t = \begin{cases} f(x_t, h_{t-1}) & \text{read} \\ [f'(x_t, h_{t-1}) ; h_{t-1, d'+1 .. d}] & \text{skim} \end{cases} $$
 
-and likewise for the cell state of an LSTM. In training the choice is softened, with $g^1, g^2$ from a Gumbel distribution,
+and likewise for the cell state of an LSTM. In training the choice is softened, with $g_{t,1}, g_{t,2}$ from a Gumbel distribution,
 
-$$ r_t^i = \frac{\exp((\log p_t^i + g_t^i) / \tau)}{\sum_j \exp((\log p_t^j + g_t^j) / \tau)} , \qquad
-   h_t = r_t^1 h_t^{\text{read}} + r_t^2 h_t^{\text{skim}} , $$
+$$ r_{t,i} = \frac{\exp((\log p_{t,i} + g_{t,i}) / \tau)}{\sum_j \exp((\log p_{t,j} + g_{t,j}) / \tau)} , \qquad
+   h_t = r_{t,1} h_t^{\text{read}} + r_{t,2} h_t^{\text{skim}} , $$
 
 at a temperature that falls with the step $n$, $\tau = \max(0.5, e^{-rn})$, $r = 10^{-4}$. The loss is that of the task plus
-$\gamma \frac1T \sum_t - \log p_t^2$, which pulls towards skimming. In use a word is skimmed where $p_t^2$ exceeds a threshold: a knob for speed.
+$-\gamma \frac1T \sum_t \log p_{t,2}$, which pulls towards skimming. In use a word is skimmed where $p_{t,2}$, the second component, exceeds a threshold: a knob for speed.
 
 Deviations from the paper:
 
@@ -119,8 +119,8 @@ class SkimLSTM(nn.Module):
             skim: ``[batch, time]`` bool, choices to make in place of the learned ones, hard in both modes.
 
         Returns:
-            ``out`` ``[batch, time, d_hidden]``, ``state`` $(h, c)$, ``skim_prob`` $p^2$ ``[batch, time]``, ``skimmed`` ``[batch, time]`` bool (in
-            training mode, what the threshold would say), and ``penalty``, $\gamma$ times the mean of $-\log p^2$ over each sequence's steps
+            ``out`` ``[batch, time, d_hidden]``, ``state`` $(h, c)$, ``skim_prob`` $p_{t,2}$ ``[batch, time]``, ``skimmed`` ``[batch, time]`` bool (in
+            training mode, what the threshold would say), and ``penalty``, $\gamma$ times the mean of $-\log p_{t,2}$ over each sequence's steps
             and over the batch.
 
         Raises:

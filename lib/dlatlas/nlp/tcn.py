@@ -8,18 +8,21 @@ Equations: a causal convolution with kernel size $k$ and dilation $d$ of a seque
 
 $$ (x *_d f)_t = \sum_{i=0}^{k-1} f_i \, x_{t - d i} . $$
 
-Level $i = 0, \dots, L - 1$ has dilation $2^i$. With weight-normalised kernels $f = g\, v / \|v\|$ (one length $g$ an output channel) and dropout
+Level $i = 0, \dots, L - 1$ has dilation $2^i$. With weight-normalised kernels $f = g\, v / \lVert v \rVert$ (one length $g$ an output channel) and dropout
 $D$ of whole channels,
 
-$$ y^{(i)} = D(\operatorname{relu}(x^{(i)} *_{2^i} f^{(i,1)} + b^{(i,1)})) , \quad
-   z^{(i)} = D(\operatorname{relu}(y^{(i)} *_{2^i} f^{(i,2)} + b^{(i,2)})) , \quad
-   x^{(i+1)} = \operatorname{relu}(x^{(i)} + z^{(i)}) , $$
+$$ \begin{aligned}
+   y^{(i)} &= D(\operatorname{relu}(x^{(i)} *_{2^i} f^{(i,1)} + b^{(i,1)})) , \\
+   z^{(i)} &= D(\operatorname{relu}(y^{(i)} *_{2^i} f^{(i,2)} + b^{(i,2)})) , \\
+   x^{(i+1)} &= \operatorname{relu}(x^{(i)} + z^{(i)}) ,
+   \end{aligned} $$
 
 where a $1 \times 1$ convolution of $x^{(i)}$ takes its place in the sum if the widths differ. An output sees its own step and the
 
 $$ R - 1 = 2 (k - 1) (2^L - 1) $$
 
-steps before it; $R$ is the receptive field.
+steps before it; $R$ is the receptive field. A field that covers the dependency is necessary and not sufficient: if a network whose field is long
+enough does not learn, try a smaller learning rate before more levels.
 
 Deviations from the paper:
 
