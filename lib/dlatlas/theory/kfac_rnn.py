@@ -53,13 +53,11 @@ Example:
     cell, readout = nn.RNNCell(1, 16), nn.Linear(16, 1)
     optimizer, plain = KFACRNN(cell, lr=0.1, damping=0.1), torch.optim.SGD(readout.parameters(), lr=0.1)
 
-
     def predict(x):  # [time, batch, 1] -> the last output [batch, 1]
         h = x.new_zeros(x.shape[1], 16)
         for now in x:
             h = cell(now, h)
         return readout(h)
-
 
     for step in range(151):
         x = torch.randn(10, 128, 1)
