@@ -208,6 +208,83 @@ def test_paths_stop_at_terminations_and_leave_out_what_a_limit_cuts():
     assert float(returns[2, 0]) == pytest.approx(float(2 * (batch["rewards"][2, 0] + 0.5 * batch["rewards"][3, 0])), rel=1e-5)
 
 
+def test_an_episode_may_begin_with_a_segment():
+    torch.manual_seed(0)
+    agent = DualAC(2, 1, k=2, horizon=7, gamma=0.5)
+    first, second, third = hand_segment(), hand_segment(), hand_segment()
+    first["dones"][6, 1] = 1  # the second copy ends with the last row of the first segment
+    for name in ("dones", "truncations"):
+        second[name] = torch.zeros(7, 2)
+    second["truncations"][6, 0] = 1
+    agent.paths(first)
+    begun = [first["obs"][0], first["obs"][4, :1], first["obs"][5, 1:]]
+    torch.testing.assert_close(agent.starts, torch.cat(begun))
+    agent.paths(second)
+    begun += [second["obs"][0, 1:]]
+    torch.testing.assert_close(agent.starts, torch.cat(begun))
+    agent.paths(third)
+    torch.testing.assert_close(agent.starts, torch.cat([*begun, third["obs"][0, :1], third["obs"][4, :1], third["obs"][5, 1:]]))
+
+
+def test_the_starts_of_all_episodes_are_remembered():
+    for horizon in (50, 70):  # episodes of 200 steps end with a segment, or inside of one
+        torch.manual_seed(0)
+        agent = DualAC(3, 1, horizon=horizon, hidden=(8,), value_steps=1)
+        history = agent.fit(BatchedPendulum(4), 4 * 630, seed=2)
+        assert len(history["return"]) == 12 and len(agent.starts) == 16  # twelve episodes are over, four more have begun
+        assert agent.starts[:, 2].abs().max() <= 1  # the pendulum starts slowly
+        agent.fit(BatchedPendulum(4), 200, seed=3)
+        assert len(agent.starts) == 20  # the environment was reset
+
+
+def hand_critic(agent, batch):
+    """Loss of the critic and surprise of the paths of three steps, by loops, before the step is taken."""
+    with torch.no_grad():
+        v, after = agent.net.value(batch["obs"]).tolist(), agent.net.value(batch["next_obs"]).tolist()
+    r, dones, cuts = (batch[name].tolist() for name in ("rewards", "dones", "truncations"))
+    starts = [v[0][0], v[0][1], v[4][0], v[5][1]]
+    deltas, misses = [], []
+    for t in range(5):
+        for b in range(2):
+            total, alive, cut = 0.0, 1, False
+            for i in range(3):
+                total += 0.9**i * alive * r[t + i][b]
+                cut |= i < 2 and alive > 0 and cuts[t + i][b] > 0
+                alive *= 1 - dones[t + i][b]
+            if not cut:
+                deltas.append(total + 0.9**3 * alive * after[t + 2][b] - v[t][b])
+    for b in range(2):
+        tail = after[6][b]
+        for t in range(6, -1, -1):
+            tail = after[t][b] if cuts[t][b] else tail
+            tail = r[t][b] + 0.9 * (1 - dones[t][b]) * tail
+            misses.append(tail - v[t][b])
+    return (1 - 0.9**3) * np.mean(starts), np.array(deltas), np.mean(np.square(misses))
+
+
+def test_an_update_is_the_lagrangian_and_an_ascent_in_the_weights():
+    torch.manual_seed(0)
+    agent = DualAC(2, 1, k=2, horizon=7, gamma=0.9, eta_v=0.7, value_steps=1, alpha_step=0.8)
+    with torch.no_grad():
+        agent.net.critic[-1].bias += 2.0  # values that count
+    batch = hand_segment()
+    batch["rewards"] = batch["rewards"].exp()  # skewed: the largest surprise is not minus the smallest one
+    init, delta, miss = hand_critic(agent, batch)
+    report = agent.update(batch)
+    assert report["lagrangian"] == pytest.approx(init + delta.mean() + 0.7 * miss, rel=1e-4)
+    z = np.clip((delta - delta.mean()) / delta.std(ddof=1), -3, 3)
+    weights = np.exp(0.8 * z) / np.exp(0.8 * z).sum()
+    falling = np.exp(-0.8 * z) / np.exp(-0.8 * z).sum()
+    assert report["largest_weight"] == pytest.approx(len(z) * weights.max(), rel=1e-4)
+    assert abs(weights.max() / falling.max() - 1) > 0.1
+
+
+def test_a_game_that_diverges_says_so():
+    P = torch.eye(2, dtype=F64).repeat_interleave(2, 0).view(2, 2, 2)
+    with pytest.raises(FloatingPointError, match="diverged in round"):
+        solve_tabular(P, torch.ones(2, 2, dtype=F64), torch.full((2,), 0.5, dtype=F64), 0.9, eta_v=0.0, lr=1e307)
+
+
 def test_the_agent_climbs_towards_the_better_action():
     torch.manual_seed(0)
     agent = DualAC(2, 1, k=0, horizon=4, gamma=0.0, max_kl=0.05)

@@ -151,8 +151,14 @@ def test_bad_input():
 
 def test_a_square_covariance_is_refused_even_when_the_batch_is_as_large():
     a = torch.zeros(M, M, dtype=F64)
+    obs, eye = torch.zeros(M, 2, dtype=F64), torch.eye(M, dtype=F64)
     with pytest.raises(ValueError, match="positive"):
-        factorized_baseline(value, torch.zeros(M, 2, dtype=F64), a, a, torch.eye(M, dtype=F64), "mc")
+        factorized_baseline(value, obs, a, a, eye, "mc")
+    with pytest.raises(ValueError, match="does not factorise"):
+        factorized_baseline(value, obs, a, a, eye + 0.5, "mc")  # all entries positive
+    # Standard deviations of a state-independent policy, repeated for each sample, have the same shape.
+    for std in (torch.ones(M, dtype=F64), torch.arange(1.0, M + 1, dtype=F64)):
+        assert factorized_baseline(value, obs, a, a, std.expand(M, M), "mc").shape == (M, M)
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])

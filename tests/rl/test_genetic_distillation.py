@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.distributions import kl_divergence
 
+from dlatlas.rl import genetic_distillation
 from dlatlas.rl.envs.points import PointNav
 from dlatlas.rl.genetic_distillation import GPO, _advantage, _Shared, _visit, crossover, select, train_switch, weight_crossover
 from dlatlas.rl.kit.nets import ActorCritic, GaussianPolicy
@@ -35,6 +36,13 @@ class Right(nn.Module):
 
     def forward(self, states):
         return (states[:, 0] > 0).float()
+
+
+class Everywhere(nn.Module):
+    """Parent y in all states."""
+
+    def forward(self, states):
+        return torch.ones(len(states))
 
 
 def test_the_switch_separates_two_clouds_as_well_as_the_peer():
@@ -85,6 +93,89 @@ def test_a_child_does_what_the_parent_at_home_does():
         near = torch.where(right, kl_divergence(y(states), child(states)), kl_divergence(x(states), child(states)))
         far = torch.where(right, kl_divergence(x(states), child(states)), kl_divergence(y(states), child(states)))
     assert near.mean() < 0.15 and far.mean() > 5 * near.mean()
+
+
+def pushing(*push, log_std=-1.5):
+    parent = GaussianPolicy(4, 2, hidden=(16, 16), log_std=log_std)
+    with torch.no_grad():
+        parent.net[-1].bias.copy_(torch.tensor(push))
+    return parent
+
+
+def sloped():
+    """The goal is on the right: who pushes right has all the episodes above the average."""
+    return PointNav(goal=(0.9, 0.0), start=(-0.1, -0.1, 0.1, 0.1), goal_in_obs=False, steps=20)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_dominated_parent_teaches_nothing(swap):
+    torch.manual_seed(0)
+    right, left = pushing(1.0, 0.0), pushing(-1.0, 0.0)
+    child = crossover(*((left, right) if swap else (right, left)), sloped, policy(1), dagger_rounds=1, samples=400, steps=200)
+    states = torch.cat([_visit(p, as_vector(sloped, 20), 400, gen(5))[0] for p in (right, left)])
+    with torch.no_grad():
+        assert kl_divergence(right(states), child(states)).mean() < 0.1 < 5 < kl_divergence(left(states), child(states)).mean()
+
+
+def test_generations_survive_a_dominated_parent():
+    torch.manual_seed(0)
+    gpo = GPO(sloped, 3, steps=20, episodes=5, dagger_rounds=0, samples=200, distill_steps=100, lr=(1e-6, 1e-6), ppo_kwargs={"horizon": 20})
+    for member, push in zip(gpo.members, (-1.0, 1.0, -1.0)):
+        with torch.no_grad():
+            member.actor.net[-1].bias[0] = push
+            member.actor.log_std.fill_(-1.5)
+    history = gpo.fit(2)
+    # Two of the three pairs contain the one that pushes right, and their children push right.
+    assert sorted(history["fitness"][1])[1] == pytest.approx(max(history["fitness"][0]), rel=0.1)
+
+
+def test_every_round_adds_the_states_of_the_child(monkeypatch):
+    seen, teacher = [], genetic_distillation._teacher
+    monkeypatch.setattr(genetic_distillation, "_teacher", lambda x, y, switch, states: seen.append(states) or teacher(x, y, switch, states))
+    right, left = pushing(1.0, 0.0), pushing(-1.0, 0.0)
+    crossover(left, right, sloped, pushing(0.0, 0.0), Everywhere(), dagger_rounds=2, samples=400, steps=150)
+    assert [len(s) for s in seen] == [800, 1200, 1600]
+    assert torch.equal(seen[2][:1200], seen[1]) and torch.equal(seen[1][:800], seen[0])
+    # The child follows the one that pushes right: its last steps are where that parent's are.
+    ends = [block.view(20, 20, 4)[-1, :, 0].mean() for block in seen[2].split(400)]
+    assert ends[0] < 0 < ends[1] and (ends[2] - ends[1]).abs() < 0.1 and (ends[3] - ends[1]).abs() < 0.1
+
+
+def test_only_the_returns_tell_where_a_parent_is_at_home(monkeypatch):
+    """Both parents visit the same states; x earns more on the left and y on the right."""
+    x, y, states = policy(0), policy(2), torch.randn(800, 4, generator=gen(7))
+    side = states[:, 0].sign()
+    visits = {id(x): (states, -side), id(y): (states, side)}
+    monkeypatch.setattr(genetic_distillation, "_visit", lambda p, vec, samples, generator: visits[id(p)])
+    child = crossover(x, y, env, policy(1), dagger_rounds=0, steps=400)
+    clear = states[states[:, 0].abs() > 0.3]
+    right = clear[:, 0] > 0
+    with torch.no_grad():
+        to_x, to_y = kl_divergence(x(clear), child(clear)), kl_divergence(y(clear), child(clear))
+    near, far = torch.where(right, to_y, to_x), torch.where(right, to_x, to_y)
+    assert near.mean() < 0.15 and far.mean() > 5 * near.mean()
+
+
+def test_the_divergence_is_that_of_the_teacher_from_the_child():
+    """A child that cannot move its mean covers the teacher, sigma^2 = sigma_H^2 + distance^2; the other direction would copy sigma_H."""
+    parent, child = pushing(0.5, 0.0, log_std=-1.0), pushing(0.0, 0.0, log_std=-0.3)
+    child.net.requires_grad_(False)
+    crossover(parent, parent, env, child, lambda states: torch.zeros(len(states)), dagger_rounds=0, samples=400, steps=400, lr=2e-2)
+    with torch.no_grad():
+        states, _ = _visit(parent, as_vector(env, 20), 400, gen(5))
+        wanted = (parent(states).stddev.square() + (parent(states).mean - child(states).mean).square()).mean(0).sqrt()
+    torch.testing.assert_close(child.log_std.detach().exp(), wanted, rtol=0.05, atol=0)
+    assert wanted[0] > 1.5 * float(np.exp(-1.0))
+
+
+def test_a_child_inherits_the_critic_of_the_fitter_parent():
+    gpo = GPO(env, 3, episodes=2, dagger_rounds=0, samples=40, distill_steps=2, seed=1)
+    parents = copy.deepcopy(gpo.members)
+    gpo._breed([1.0, 5.0, 3.0])  # best pairs: (1, 2), (0, 1), (0, 2)
+    for child, fitter in zip(gpo.members, (1, 1, 2)):
+        for p, q in zip(child.critic.parameters(), parents[fitter].critic.parameters()):
+            assert torch.equal(p, q)
+        assert not torch.equal(child.actor.net[-1].weight, parents[fitter].actor.net[-1].weight)
 
 
 def test_parents_and_states_of_whole_episodes():

@@ -184,6 +184,27 @@ def test_the_agent_climbs_to_the_best_action_of_a_bandit(bandit, curvature, expa
     assert np.std(spread) == pytest.approx(3 * agent.cov.sqrt().item(), rel=0.05)
 
 
+def test_the_critics_target_is_the_reward_plus_the_value_of_a_drawn_action():
+    torch.manual_seed(0)
+    agent, g = GAC(3, 2, -2.0, 2.0, hidden=(8, 8)), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in agent.target_critic.parameters():
+            p.add_(0.3)
+    obs, after, returns = (torch.randn(*shape, generator=g) for shape in ((16, 3), (16, 3), (16,)))
+    batch = {"obs": obs, "next_obs": after, "actions": 4 * torch.rand(16, 2, generator=g) - 2, "returns": returns}
+    batch["discounts"] = torch.tensor([0.9] * 12 + [0.0] * 4)
+    state = agent.generator.get_state()
+    noise = torch.randn(16, 2, generator=agent.generator)
+    with torch.no_grad():
+        drawn = (agent.actor(after).clamp(-1, 1) + 0.6 * noise).clamp(-1, 1)  # 0.6: the standard deviation at the start
+        value = agent.target_critic(torch.cat((after, drawn), 1)).squeeze(1)
+        q = agent.critic(torch.cat((obs, batch["actions"] / 2), 1)).squeeze(1)
+    assert value.abs().mean() > 0.3
+    wanted = 0.5 * (q - returns - batch["discounts"] * value).square().mean()
+    agent.generator.set_state(state)
+    assert agent.update(batch)["critic_loss"] == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_bad_input():
     mean, cov, grad, hess, a0 = problem()
     for call in (lambda: guide_actor(mean, cov, grad, hess, a0, 0.0, 0.1), lambda: guide_actor(mean, cov, grad, hess, a0, 1.0, -0.1),

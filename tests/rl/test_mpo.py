@@ -140,18 +140,39 @@ def test_the_actors_gradient_is_minus_the_weighted_likelihood():
     mpo, b = agent(), batch(8)
     with torch.no_grad():
         mean, std = mpo.policy(mpo.target_actor, b["next_obs"])
-    torch.manual_seed(3)
-    a = mean.unsqueeze(1) + std.unsqueeze(1) * torch.randn(8, 20, 2)
+    state = mpo.generator.get_state()
+    a = mean.unsqueeze(1) + std.unsqueeze(1) * torch.randn(8, 20, 2, generator=mpo.generator)
     with torch.no_grad():
         q = mpo.target_critic(torch.cat((torch.ones(8, 20, 3), a.clamp(-1, 1)), 2)).squeeze(2)
     w = mpo_weights(q, solve_temperature(q, 0.1))
     m, s = mpo.policy(mpo.actor, b["next_obs"])
     loss = -(w * (Normal(m.unsqueeze(1), s.unsqueeze(1)).log_prob(a)).sum(2)).sum(1).mean()
     expected = torch.autograd.grad(loss, list(mpo.actor.parameters()))
-    torch.manual_seed(3)
+    mpo.generator.set_state(state)
     mpo.update(b)
     for p, g in zip(mpo.actor.parameters(), expected):
         torch.testing.assert_close(p.grad, g, atol=2e-5, rtol=1e-3)
+
+
+def test_the_critics_goal_is_the_reward_plus_the_mean_value_of_the_drawn_actions():
+    mpo, b = agent(), batch(8) | {"next_obs": torch.randn(8, 3), "discounts": torch.tensor([0.9] * 6 + [0.0] * 2)}
+    with torch.no_grad():
+        for p in mpo.target_critic.parameters():
+            p.add_(0.1)  # values that matter, and other ones than the critic's
+    state = mpo.generator.get_state()
+    noise = torch.randn(8, 20, 2, generator=mpo.generator)
+    errors = []
+    with torch.no_grad():
+        mean, std = mpo.policy(mpo.target_actor, b["next_obs"])
+        for i in range(8):
+            pairs = [torch.cat((b["next_obs"][i], (mean[i] + std[i] * noise[i, j]).clamp(-1, 1))) for j in range(20)]
+            after = sum(float(mpo.target_critic(x)) for x in pairs) / 20
+            goal = float(b["returns"][i]) + (0.9 * after if i < 6 else 0.0)
+            errors.append(float(mpo.critic(torch.cat((b["obs"][i], b["actions"][i] / 2)))) - goal)
+            assert abs(after) > 0.1
+    mpo.generator.set_state(state)
+    torch.manual_seed(99)  # nothing is drawn from the global generator
+    assert mpo.update(b)["critic_loss"] == pytest.approx(np.mean(np.square(errors)) / 2, rel=1e-4)
 
 
 def test_a_multiplier_grows_while_its_constraint_is_violated():

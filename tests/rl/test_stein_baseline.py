@@ -134,6 +134,23 @@ def test_the_loss_of_minvar_starts_at_the_variance_of_the_plain_estimator():
     assert not a.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["quadratic", "mlp"])
+def test_a_second_fit_goes_on_where_the_first_stopped(kind):
+    torch.manual_seed(0)
+    a, q, *_ = problem(300)
+    s, b = torch.randn(300, 1, dtype=F64), SteinBaseline(1, 3, kind).double()
+    first = b.fit(s, a, q, steps=150, lr=0.02)
+    before = b.phi(s, a)
+    more = b.fit(s + 2, 3 * a, 10 * q + 100, steps=1, lr=1e-12)  # other samples in other units, and no step to speak of
+    torch.testing.assert_close(b.phi(s, a), before, rtol=1e-6, atol=1e-6)
+    assert more[0] == pytest.approx(float((10 * q + 100 - b.phi(s + 2, 3 * a)).square().mean() / (10 * q).var()), rel=1e-4)
+    assert b.fit(s, a, q, steps=1)[0] == pytest.approx(float((q - before).square().mean() / q.var()), rel=1e-4) and first[-1] < first[0]
+    copy = SteinBaseline(1, 3, kind).double()
+    copy.load_state_dict(b.state_dict())
+    copy.fit(s + 2, 3 * a, 10 * q, steps=1, lr=1e-12)
+    torch.testing.assert_close(copy.phi(s, a), b.phi(s, a), rtol=1e-6, atol=1e-6)
+
+
 def test_bad_input():
     a, q, mean, std, *_ = problem(4)
     phi, grad, _ = any_phi(a)

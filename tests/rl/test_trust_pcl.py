@@ -6,6 +6,7 @@ import torch
 from gymnasium import spaces
 
 from dlatlas.rl.envs import BatchedEnv
+from dlatlas.rl.kit.nets import SquashedGaussian, draw
 from dlatlas.rl.trust_pcl import TrustPCL, lambda_for_kl, path_consistency, trust_pcl_loss
 
 F64 = torch.float64
@@ -212,6 +213,19 @@ def test_the_price_follows_the_returns():
     calls = []
     fixed.fit(Clock(5), 50, callback=lambda a, h: calls.append(a))
     assert fixed.lam == 0.4 and calls == [fixed] * 10
+
+
+def test_actions_can_be_drawn_for_networks_on_another_device():
+    """The agent's generator lives with the processor; "meta" stands for any other device."""
+    mean, g = torch.zeros(5, 2, device="meta"), torch.Generator()
+    squashed = SquashedGaussian(mean, mean)
+    normal = torch.distributions.Independent(torch.distributions.Normal(mean, torch.ones_like(mean), validate_args=False), 1)
+    for sample in (squashed.rsample(generator=g), draw(squashed, g), draw(normal, g)):
+        assert sample.device.type == "meta" and sample.shape == (5, 2)
+    here = SquashedGaussian(torch.zeros(5, 2), torch.zeros(5, 2))
+    torch.testing.assert_close(
+        here.rsample(generator=torch.Generator().manual_seed(1)), torch.tanh(torch.randn(5, 2, generator=torch.Generator().manual_seed(1)))
+    )
 
 
 def test_the_agent_climbs_to_the_best_action_of_a_bandit(bandit):

@@ -196,6 +196,7 @@ def solve_tabular(
 
     Raises:
         ValueError: shapes that do not fit, or numbers out of range.
+        FloatingPointError: the steps were too large and the game diverged.
     """
     _check_mdp(P, R, mu, gamma)
     if not eta_v >= 0 or iterations < 1 or not lr > 0 or not step > 0:
@@ -211,6 +212,10 @@ def solve_tabular(
                 value_b = torch.linalg.solve(eye - gamma * torch.einsum("sa,sat->st", pi_b, P), (pi_b * R).sum(1))
             slope = slope + 2 * eta_v * mu * (V - value_b)
         V = V - lr * slope
+        if not bool(torch.isfinite(V).all() and torch.isfinite(rho).all()):
+            raise FloatingPointError(
+                f"the game diverged in round {i + 1} with lr={lr} and step={step}; take smaller steps or a larger eta_v"
+            )
         delta = R + gamma * P @ V - V.unsqueeze(1)
         rho = rho * (step * delta).clamp(-5, 5).exp()
         path.append(V)
@@ -270,6 +275,7 @@ class DualAC(Agent):
         self.net = ActorCritic(obs_dim, act_dim=act_dim, hidden=hidden, log_std=log_std)
         self.optimizer = torch.optim.Adam(self.net.critic.parameters(), lr=lr, fused=True)
         self.starts = torch.zeros(0, obs_dim)
+        self.ended: Tensor | None = None  # which copies ended an episode with their last step; None: all are fresh
 
     def act(self, obs: np.ndarray | Tensor, deterministic: bool = False) -> np.ndarray:
         """Draws from the policy, or its mean."""
@@ -287,7 +293,7 @@ class DualAC(Agent):
             torch.manual_seed(seed)
             self.generator.manual_seed(seed)
             vec.reset(seed=seed)
-            vec.running_returns = np.zeros(vec.num_envs)
+            vec.running_returns, self.ended = np.zeros(vec.num_envs), None
             while made < steps:
                 segment = collect(self.net, vec, self.horizon, self.generator)
                 made += int(segment["valid"].sum())
@@ -344,13 +350,18 @@ class DualAC(Agent):
 
     @torch.no_grad()
     def paths(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All paths of `k + 1` rewards in a segment that no time limit cuts; after a termination the rewards are zero."""
+        """All paths of `k + 1` rewards in a segment that no time limit cuts; after a termination the rewards are zero.
+
+        Segments must follow each other: the first rows continue where the segment before stopped. Remembers the states that began an episode.
+        """
         obs, rewards = batch["obs"], batch["rewards"] * self.reward_scale
         dones, cuts = batch["dones"].float(), batch["truncations"].float()
         T, B = rewards.shape
         ended = torch.clamp(dones + cuts, max=1)
-        fresh = torch.cat((torch.ones(1, B) if not len(self.starts) else torch.zeros(1, B), ended[:-1])) > 0
-        self.starts = torch.cat((self.starts, obs[fresh]))[-512:]
+        # A row begins an episode where the row before it ended one, also if that was the last row of the segment before.
+        before = torch.ones(B) if self.ended is None else self.ended
+        fresh = (torch.cat((before.unsqueeze(0), ended[:-1])) > 0) & batch["valid"]
+        self.starts, self.ended = torch.cat((self.starts, obs[fresh]))[-512:], ended[-1]
         n = T - self.k
         alive, whole, rows = torch.ones(n, B), torch.ones(n, B), []
         for i in range(self.k + 1):

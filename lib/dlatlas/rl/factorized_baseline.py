@@ -81,7 +81,7 @@ def factorized_baseline(
         obs: states ``[B, s]``.
         actions: sampled actions ``[B, m]``.
         mean: the policy's means ``[B, m]``.
-        std: its standard deviations, ``[m]`` or ``[B, m]``; needed by ``mode="mc"``.
+        std: its standard deviations, ``[m]`` or ``[B, m]``; needed by ``mode="mc"``. A symmetric ``[m, m]`` counts as a covariance also if $B = m$.
         mode: ``"mean"`` or ``"mc"``.
         n: draws of each part in ``"mc"``.
         generator: source of the draws.
@@ -109,6 +109,11 @@ def factorized_baseline(
             )
         if not bool((std > 0).all()):
             raise ValueError(f"std must be positive (a full covariance matrix does not factorise), smallest is {float(std.min()):g}")
+        if std.shape == (m, m) and m > 1 and torch.equal(std, std.T) and not bool((std == std[0, 0]).all()):
+            # With as many samples as parts the shape does not tell; different widths that are symmetric by accident do not occur.
+            raise ValueError(
+                f"std must be standard deviations, got a symmetric matrix ({m}, {m}): a policy with a full covariance does not factorise"
+            )
     with torch.no_grad():
         if mode == "mean":
             places = mean.unsqueeze(0)  # [1, B, m]

@@ -14,7 +14,8 @@ $f_x + f_y$, with the diversity rule plus $\mathrm{KL}(\pi_x \| \pi_y) + \mathrm
 
 Deviations from the paper:
 
-1. The switch weights states by how far the return of their episode lies above the average of both parents, and leaves out those below.
+1. The switch weights states by how far the return of their episode lies above the average of both parents, and leaves out those below. A parent
+   none of whose episodes is above it teaches nothing: the other one is the teacher everywhere.
 2. Members share the rows of their last segments, and only with members whose sampled divergence is small; PPO's ratio is the importance weight.
 3. A child inherits the value network of the fitter parent; distillation is about the actor only.
 4. PPO only, with a learning rate drawn log-uniformly for each member and generation.
@@ -139,7 +140,8 @@ def crossover(
         policy_y: second parent.
         env_fn: an id, a class or a function that makes an environment, or one.
         child: the network to train, in place.
-        switch: ``states -> probability of y``; default: trained here on the parents' trajectories, of their better episodes.
+        switch: ``states -> probability of y``; default: trained here on the parents' trajectories, of their better episodes, or constant if only
+            one parent has episodes above the average of both.
         dagger_rounds: rounds of collecting with the child, 0 for plain imitation.
         samples: states from each parent, and from the child in each round.
         seed: seed of the environments, the actions, the switch and the batches.
@@ -158,8 +160,12 @@ def crossover(
     own = [_visit(parent, vec, samples, generator) for parent in (policy_x, policy_y)]
     if switch is None:
         (states_x, returns_x), (states_y, returns_y) = own
-        weights = _advantage(torch.cat((returns_x, returns_y)))
-        switch = train_switch(states_x, states_y, seed=seed, weights_x=weights[: len(states_x)], weights_y=weights[len(states_x) :])
+        weights_x, weights_y = _advantage(torch.cat((returns_x, returns_y))).split([len(states_x), len(states_y)])
+        if weights_x.any() and weights_y.any():
+            switch = train_switch(states_x, states_y, seed=seed, weights_x=weights_x, weights_y=weights_y)
+        else:
+            # One parent is nowhere above the average: the limit of the weighted switch as its weights vanish.
+            switch = _Constant(float(weights_y.any()))
     states = torch.cat([s for s, _ in own])
     opt = torch.optim.Adam(child.parameters(), lr=lr, fused=True)
     for round_ in range(dagger_rounds + 1):
@@ -366,6 +372,17 @@ class _Switch(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         return torch.sigmoid(self.logits(states))
+
+
+class _Constant(nn.Module):
+    """The switch of a parent that is at home everywhere."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.full_like(states[:, 0], self.p)
 
 
 def _visit(policy: GaussianPolicy, vec, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

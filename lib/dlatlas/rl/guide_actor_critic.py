@@ -176,7 +176,7 @@ def solve_dual(
         slope = grad.double() + (hess.double() @ (mean - a0).double().unsqueeze(-1)).squeeze(-1)  # of the expansion at the mean
         tilt = (vectors.mT @ chol.mT @ slope.unsqueeze(-1)).squeeze(-1)
         half_log_det = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean().item()
-    h, p, d = values.numpy(), tilt.square().numpy(), mean.shape[1]
+    h, p, d = values.cpu().numpy(), tilt.square().cpu().numpy(), mean.shape[1]
     if h.max() > 1e-6 * (1 + np.abs(h).max()):
         raise ValueError("hess must be negative semi-definite, see negative_definite")
     # The multipliers have the critic's unit: in its natural size the search is the same for any scale of the rewards.

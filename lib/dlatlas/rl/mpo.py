@@ -281,7 +281,8 @@ class MPO(ActorCriticAgent):
         states, B, N = batch["next_obs"], len(batch["next_obs"]), self.n_actions
         with torch.no_grad():
             mean_old, std_old = self.policy(self.target_actor, states)
-            actions = mean_old.unsqueeze(1) + std_old.unsqueeze(1) * torch.randn(B, N, self.act_dim, device=self.device)  # [B, N, d]
+            noise = torch.randn(B, N, self.act_dim, generator=self.generator).to(self.device)
+            actions = mean_old.unsqueeze(1) + std_old.unsqueeze(1) * noise  # [B, N, d]
             pairs = torch.cat((states.unsqueeze(1).expand(B, N, -1), actions.clamp(-1, 1)), 2)
             q = self.target_critic(pairs).squeeze(2)  # [B, N]
             goal = batch["returns"] + batch["discounts"] * q.mean(1)

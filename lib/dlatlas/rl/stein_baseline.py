@@ -30,10 +30,10 @@ Deviations from the paper:
    share of a standard deviation.
 
 Later work: Tucker et al. (2018) measured where the variance comes from and found that the part that depends on the action is a small share
-of it on the usual robot tasks, where the noise of the future rewards dominates. The published gains could be traced to choices of the
-implementation: the baseline was fitted on the samples that it was applied to, and normalised advantages broke the identity, both of which
-add a bias. For policies that can be reparameterised, the same idea is now mostly used by differentiating a learned critic (as in soft
-actor-critic).
+of it on the usual robot tasks, where the noise of the future rewards dominates. They traced the published gains to choices of the
+implementation that bias the gradient: here, fitting the baseline on the samples that it was then applied to; in Q-Prop and IPG, relatives of
+this method, normalising the advantages and not the correction term. For policies that can be reparameterised, the same idea is now mostly used
+by differentiating a learned critic (as in soft actor-critic).
 
 Example:
     import torch
@@ -154,6 +154,7 @@ class SteinBaseline(nn.Module):
         for name, size in (("obs", obs_dim), ("act", act_dim), ("out", 1)):
             self.register_buffer(f"{name}_shift", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.ones(size))
+        self.register_buffer("scaled", torch.tensor(False))  # new units would make the function jump: the first fit sets them
 
     def forward(self, obs: Tensor, a: Tensor) -> Tensor:
         """The baseline ``[B]``, differentiable."""
@@ -189,7 +190,7 @@ class SteinBaseline(nn.Module):
         steps: int = 300,
         lr: float = 1e-2,
     ) -> list[float]:
-        r"""Fit the baseline; a second call goes on where the first stopped.
+        r"""Fit the baseline; a second call goes on where the first stopped, in the units of the first one's samples.
 
         Args:
             obs: states ``[B, s]``.
@@ -202,7 +203,7 @@ class SteinBaseline(nn.Module):
             lr: Adam's learning rate.
 
         Returns:
-            The loss at every step, in units of the variance of the returns (``"fitq"``) or of the gradient without a baseline
+            The loss at every step, in units of the variance of these returns (``"fitq"``) or of the gradient without a baseline
             (``"minvar"``).
 
         Raises:
@@ -216,12 +217,12 @@ class SteinBaseline(nn.Module):
         if objective == "minvar" and (mean is None or std is None):
             raise ValueError("objective 'minvar' needs the policy's mean= and std=")
         obs, actions, returns = obs.detach(), actions.detach(), returns.detach()
-        for name, x in (("obs", obs), ("act", actions), ("out", returns.unsqueeze(1))):
-            getattr(self, f"{name}_shift").copy_(x.mean(0))
-            spread = x.std(0)
-            # A column that never changes carries nothing: it keeps its unit.
-            getattr(self, f"{name}_scale").copy_(torch.where(spread > 1e-6, spread, 1.0))
-        unit = self.out_scale.square()
+        if not bool(self.scaled):
+            for name, x in (("obs", obs), ("act", actions), ("out", returns.unsqueeze(1))):
+                getattr(self, f"{name}_shift").copy_(x.mean(0))
+                getattr(self, f"{name}_scale").copy_(_spread(x))
+            self.scaled.fill_(True)
+        unit = _spread(returns).square()
         if objective == "minvar":
             unit = _size(
                 mean.detach(), std.detach(), actions, returns - returns.mean(), torch.zeros_like(returns), torch.zeros_like(actions)
@@ -236,7 +237,7 @@ class SteinBaseline(nn.Module):
                 phi = self(obs, a)
                 grad = torch.autograd.grad(phi.sum(), a, create_graph=True)[0]
                 loss = _size(mean.detach(), std.detach(), a.detach(), returns, phi, grad)
-            loss = loss / unit.squeeze()
+            loss = loss / unit
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -298,6 +299,12 @@ class SteinHooks(Hooks):
         bound = clip * batch["old_std"]
         gain = torch.minimum(batch["grad_phi"] * moved, batch["grad_phi"] * moved.clamp(-bound, bound))
         return loss - gain.sum(1).mean()
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Standard deviation; a column that never changes carries nothing and keeps its unit."""
+    spread = x.std(0)
+    return torch.where(spread > 1e-6, spread, 1.0)
 
 
 def _size(mean: Tensor, std: Tensor, actions: Tensor, returns: Tensor, phi: Tensor, grad: Tensor) -> Tensor:

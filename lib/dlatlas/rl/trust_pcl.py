@@ -19,7 +19,9 @@ where $\epsilon$ is a divergence a step times the mean length of an episode.
 
 Deviations from the paper:
 
-1. The policy is a Gaussian squashed by a tanh, so that actions stay in their box and the log-probabilities of replayed actions are exact.
+1. The policy is a Gaussian squashed by a tanh, so that actions stay in their box. The log-probability of a replayed action needs the inverse of
+   the tanh: it is exact up to rounding for $|u|$ below about 5; beyond $1 - 10^{-6}$ (an action at the edge of the box, $|u| > 7.25$) the inverse is
+   taken at that point, for policy and prior alike.
 2. Paths are drawn uniformly from the memory; the paper prefers recent episodes.
 3. The value network has its own learning rate. The clip of the policy's gradient is ours.
 4. The returns that set the price are mean rewards times the discounted length of an episode, because a discount may look ahead much less far

@@ -89,9 +89,7 @@ class SquashedGaussian(Distribution):
         return self._log_prob_u(torch.atanh(value.clamp(-1 + 1e-6, 1 - 1e-6)))
 
     def _u(self, sample_shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-        shape = (*sample_shape, *self.loc.shape)
-        noise = torch.randn(shape, generator=generator, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + self.scale * noise
+        return self.loc + self.scale * _noise((*sample_shape, *self.loc.shape), self.loc, generator)
 
     def _log_prob_u(self, u: Tensor) -> Tensor:
         gauss = -0.5 * ((u - self.loc) / self.scale) ** 2 - self.log_std - 0.5 * math.log(2 * math.pi)
@@ -105,12 +103,11 @@ def draw(dist: Distribution, generator: torch.Generator | None = None) -> Tensor
             return dist.rsample(generator=generator)
         if isinstance(dist, Categorical):
             flat = dist.probs.reshape(-1, dist.probs.shape[-1])
-            return torch.multinomial(flat, 1, generator=generator).reshape(dist.batch_shape)
+            where = flat.device if generator is None else generator.device
+            return torch.multinomial(flat.to(where), 1, generator=generator).reshape(dist.batch_shape).to(flat.device)
         normal = dist.base_dist if isinstance(dist, Independent) else dist
         if isinstance(normal, Normal):
-            return normal.loc + normal.scale * torch.randn(
-                normal.loc.shape, generator=generator, dtype=normal.loc.dtype, device=normal.loc.device
-            )
+            return normal.loc + normal.scale * _noise(normal.loc.shape, normal.loc, generator)
         if generator is None:
             return dist.sample()
     raise ValueError(f"cannot draw from {type(dist).__name__} with a generator; expected Categorical, Normal or SquashedGaussian")
@@ -229,6 +226,12 @@ class ConvTrunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
+
+
+def _noise(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers like a tensor, drawn where the generator lives: agents keep theirs with the processor."""
+    where = like.device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, dtype=like.dtype, device=where).to(like.device)
 
 
 def _actor(obs_dim: int, out: int, hidden: Sequence[int], act: Activation, out_scale: float) -> nn.Sequential:
