@@ -273,3 +273,33 @@ def test_bad_agents():
     for bad in (dict(n_actors=0), dict(workers=9), dict(chunk=0), dict(refresh=0), dict(priority_floor=-1.0)):
         with pytest.raises(ValueError, match="at least 1"):
             ApexDQN("CartPole-v1", **bad)
+
+
+def test_nothing_after_an_end_counts_not_even_an_infinite_reward():
+    r = torch.tensor([[1.0, torch.inf], [1.0, torch.nan]])
+    out = nstep_double_q_target(r, torch.tensor([[0.0, 0.9]]).expand(2, 2), torch.ones(2, 2), torch.ones(2, 2))
+    assert out.tolist() == [1.0, 1.0]
+
+
+def test_rows_that_do_not_fit_are_refused_and_leave_the_memory_alone():
+    memory = SharedReplay(10)
+    memory.add({"r": torch.tensor([1, 2]), "o": torch.zeros(2, 4)}, [1.0, 1.0])
+    for r, o in (([0.7, 0.9], torch.zeros(2, 4)), ([3, 4], torch.ones(2, 1)), ([3, 4], torch.ones(2, 3)), ([3, 4], torch.ones(2))):
+        with pytest.raises(ValueError, match="must have rows of shape"):
+            memory.add({"r": torch.tensor(r), "o": o}, [1.0, 1.0])
+    assert len(memory) == 2
+    memory.add({"r": torch.tensor([3]), "o": torch.ones(1, 4, dtype=torch.float64)}, [1.0])  # more digits than needed are fine
+    assert memory._rows["r"][:3].tolist() == [1, 2, 3] and memory._rows["o"][2].tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_scaled_rewards_reach_the_memory_and_the_first_priorities(workers):
+    plain, small = play(), play(reward_scale=0.125, workers=workers)
+    torch.testing.assert_close(rows(small[0])["returns"], 0.125 * rows(plain[0])["returns"])
+    assert small[1]["return"] == plain[1]["return"] and not np.allclose(*(a.memory._tree[np.arange(100)] for a in (small[0], plain[0])))
+
+
+def test_what_cannot_be_changed_is_refused():
+    for bad in ({"double": False}, {"prioritised": True}, {"prioritised": False}, {"epsilon": (1.0, 0.1, 10)}):
+        with pytest.raises(ValueError, match="Ape-X always"):
+            ApexDQN("CartPole-v1", **bad)

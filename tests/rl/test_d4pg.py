@@ -195,3 +195,27 @@ def test_noise_and_bounds():
     noisy, still = agent.act(obs), agent.act(obs, deterministic=True)
     assert np.ptp(still) == 0 and 0.5 < (noisy - still).std() < 0.7  # 0.3 of half the box
     assert np.abs(agent.act(np.full((500, 3), 1e3, dtype=np.float32))).max() <= 2
+
+
+def test_an_update_weights_the_losses_of_replayed_transitions():
+    """Transitions of weight zero leave the critic as if they were not there; the priorities are all cross-entropies."""
+    atoms = torch.linspace(-1700, 0, 11)
+    agent = D4PG(3, 1, -2.0, 2.0, atoms, prioritised=True, hidden=(8,), batch_size=16, lr=1e-2, warmup=10**9)
+    agent.fit(BatchedPendulum(4), 80)
+    batch = agent.sample()
+    batch["weights"] = torch.linspace(0.0, 1.0, 16)
+    with torch.no_grad():
+        after = agent.target_critic(torch.cat([batch["next_obs"], torch.tanh(agent.target_actor(batch["next_obs"]))], 1)).softmax(1)
+        logits = agent.critic(torch.cat([batch["obs"], batch["actions"] / 2], 1))
+        each = [d4pg_critic_loss(logits[[i]], after[[i]], batch["returns"][[i]], batch["discounts"][[i]], agent.support) for i in range(16)]
+    report = agent.update(batch)
+    each = torch.stack(each)
+    assert report["critic_loss"] == pytest.approx(float((batch["weights"] * each).mean()), rel=1e-5)
+    assert report["critic_loss"] != pytest.approx(float(each.mean()), rel=1e-2)
+    torch.testing.assert_close(report["priorities"], each)
+
+
+def test_returns_of_another_precision():
+    logits, probs, returns, discounts, support = (x.detach() for x in random_batch())
+    mixed = d4pg_critic_loss(logits.float(), probs.float(), returns, discounts, support.float())
+    torch.testing.assert_close(mixed.double(), d4pg_critic_loss(logits, probs, returns, discounts, support), rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dlatlas.rl.e_values import DoraDQN, DoraQ, EValues, lll_action
-from dlatlas.rl.envs.toy import BatchedBridge
+from dlatlas.rl.envs.toy import BatchedBridge, BatchedTabular
 
 
 def test_the_table_follows_the_recursion_in_plain_numbers():
@@ -139,14 +139,12 @@ def test_the_stream_of_sarsa_is_the_one_that_was_played():
     update = agent.update
     agent.update = lambda batch: batches.append(batch) or update(batch)
     history = agent.fit(BatchedBridge(6, k=5), 6 * 300, seed=3)
-    cuts = 0
     for now, after in itertools.pairwise(batches):
         on = now["next_obs"] == after["obs"]
         same = now["next_actions"] == after["actions"]
         going = ~now["dones"] & on
-        cuts += int((~now["dones"] & ~on).sum())
         assert same[going & (after["obs"] != 1)].all()
-    assert len(batches) == 300 and cuts >= 0
+    assert len(batches) == 300
     ends = sum(int(b["dones"].sum()) for b in batches)
     assert 0 < ends <= len(history["return"]) == len(history["copy"]) == len(history["step"])
     again = DoraQ(19, 4, copies=6, rule="epsilon", epsilon=0.9)
@@ -231,3 +229,61 @@ def test_bad_agents():
                  lambda: DoraDQN(2, 2, gamma_e=1.0), lambda: DoraDQN(2, 2, e_lr=0.0), lambda: DoraDQN(2, 2, n_step=3)):  # fmt: skip
         with pytest.raises(ValueError):
             make()
+
+
+class Cut(BatchedTabular):
+    """Six states in a ring, cut after three steps: the next episode starts at 0 again."""
+
+    def __init__(self, n):
+        P = np.zeros((6, 4, 6))
+        P[np.arange(6), :, (np.arange(6) + 1) % 6] = 1
+        super().__init__(n, P, np.zeros((6, 4)), obs="index", steps=3)
+
+
+def test_after_a_cut_the_next_action_is_one_for_the_state_that_was_reached():
+    """Greedy with values that name the state: action s % 4 in state s. The next episode begins in 0, the cut one stopped in 3."""
+    agent, batches = DoraQ(6, 4, copies=2, rule="epsilon", epsilon=0.0, alpha=1e-9), []
+    agent.q[torch.arange(12), torch.arange(12) % 6 % 4] = 1.0
+    update = agent.update
+    agent.update = lambda batch: batches.append(batch) or update(batch)
+    agent.fit(Cut(2), 2 * 9, seed=0)
+    cuts = [b for b in batches if b["next_obs"][0] == 3]
+    assert len(cuts) == 3 and all(b["next_actions"].tolist() == [3, 3] for b in cuts)
+    assert all((b["next_actions"] == b["next_obs"] % 4).all() for b in batches)
+
+
+def test_ends_may_be_numbers_and_indices_must_lie_in_the_table():
+    tables = [EValues(3, 2) for _ in range(3)]
+    for table, done in zip(tables, (True, 1.0, 1)):
+        table.update(0, 0, 1, 1, done)
+        table.update(torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([2, 0]), torch.tensor([0, 0]), torch.tensor([1.0, 0.0]))
+        assert torch.equal(table.E, tables[0].E)
+    assert tables[0].E[0, 0] == pytest.approx(0.9) and tables[0].E[2, 1] == pytest.approx(0.9 + 0.1 * 0.9 * 0.9)
+    for bad in ((-1, 0, 0, 0), (3, 0, 0, 0), (0, 2, 0, 0), (0, 0, -1, 0), (0, 0, 0, 5), (0.5, 0, 0, 0)):
+        with pytest.raises(ValueError, match="must hold integers"):
+            tables[0].update(*bad)
+    batch = dict(obs=[0], actions=[1], rewards=[1.0], next_obs=[1], next_actions=[0])
+    agents = [DoraQ(2, 2), DoraQ(2, 2)]
+    for agent, done in zip(agents, ([True], [1.0])):
+        agent.update(batch | {"dones": done})
+    assert torch.equal(agents[0].q, agents[1].q) and torch.equal(agents[0].e_values.E, agents[1].e_values.E)
+
+
+def test_the_rule_after_ten_thousand_visits():
+    table, q = EValues(1, 3, 0.1, 0.0), torch.tensor([0.0, 0.0, 0.1])
+    table._log[0] = torch.tensor([9000.0, 8000.0, 10000.0], dtype=torch.float64) * math.log(0.9)
+    assert (table.E == 0).all()
+    assert table.choose(0, q, beta=1.0) == 1 and table.choose(0, q, beta=5.0) == 2
+    assert EValues(2, 3).choose(1, torch.zeros(3)) == 0
+    with pytest.raises(ValueError, match="underflowed"):
+        lll_action(q, table.E[0], 0.1)
+    for bad in ((1, q), (-1, q), (0, q[:2])):
+        with pytest.raises(ValueError, match="s must be"):
+            table.choose(*bad)
+
+
+def test_greedy_actions_break_ties_to_the_lowest_index():
+    agent = DoraQ(2, 4, copies=50)
+    assert (agent.act(np.zeros(50, dtype=int), deterministic=True) == 0).all()
+    agent.q[:, 1] = agent.q[:, 3] = 1.0
+    assert (agent.act(np.ones(50, dtype=int), deterministic=True) == 1).all()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dlatlas.rl.envs.toy import BatchedChain, BatchedTabular
+from dlatlas.rl.kit.rollout import as_vector
 from dlatlas.rl.monte_carlo import QMC, NStepQ, finite_horizon_returns, nstep_q_targets
 
 
@@ -181,3 +182,9 @@ def test_bad_agents():
                  lambda: QMC(2, 2, epsilon=(2.0, 0.1, 10))):  # fmt: skip
         with pytest.raises(ValueError):
             make()
+
+
+def test_a_second_fit_starts_its_returns_anew():
+    env, agent = as_vector(Clock(2, steps=6)), QMC(7, 2, horizon=4, segment=4)
+    assert agent.fit(env, 8)["return"] == []  # four steps of an episode of six
+    assert agent.fit(env, 2 * 12)["return"] == [15.0] * 4  # 0 + 1 + ... + 5

@@ -187,3 +187,13 @@ def test_training_finds_the_end_of_a_short_chain_and_changes_the_noise():
 def test_it_is_a_module_of_any_network():
     net = nn.Sequential(NoisyLinear(3, 8), nn.ReLU(), NoisyLinear(8, 1))
     assert sum(p.numel() for p in net.parameters()) == 2 * (3 * 8 + 8 + 8 + 1)
+
+
+def test_every_decision_draws_afresh_and_leaves_no_noise_behind():
+    agent = NoisyDQN(4, 3, sigma0=3.0)
+    obs = np.ones((8, 4), dtype=np.float32)
+    assert len({tuple(agent.act(obs).tolist()) for _ in range(10)}) > 5
+    before = agent.q_values(torch.ones(64, 4))
+    assert before.shape == (64, 3)
+    agent.act(obs)
+    assert torch.equal(agent.q_values(torch.ones(64, 4)), before)

@@ -96,8 +96,6 @@ def test_a_perturbed_network_lasts_an_episode_and_belongs_to_one_copy():
         wanted = [int(net(row[None]).argmax()) for net, row in zip(a._noisy, obs)]
     assert a.act(obs).tolist() == wanted == a.act(obs).tolist()
     assert a.act(obs, deterministic=True).tolist() == a.online(obs).argmax(1).tolist()
-    with pytest.raises(ValueError, match="3 copies"):
-        a.act(obs[:2])
 
 
 def test_the_same_state_gets_the_same_action_all_through_an_episode():
@@ -143,3 +141,38 @@ def test_bad_agents():
     for bad in (dict(sigma=0.0), dict(factor=1.0), dict(epsilon=(0.1, 0.0, 10)), dict(adapt_every=0)):
         with pytest.raises(ValueError, match="must be positive"):
             agent(**bad)
+
+
+def test_other_numbers_of_rows_get_perturbations_of_their_own():
+    a = agent(sigma=3.0)
+    a.begin_episodes(np.ones(8, dtype=bool))
+    kept = list(a._noisy)
+    assert len({int(a.act(np.ones((1, 6)))[0]) for _ in range(40)}) == 2 and len(set(a.act(np.ones((100, 6))))) == 2
+    assert a._noisy == kept  # the episodes go on with theirs
+
+
+def test_an_update_sets_the_annealed_threshold_and_compares_the_policy_with_its_copy():
+    """The direction of the divergence, its threshold at the moment and the factor, against the definition."""
+    a = agent(sigma=2.0, factor=1.5, adapt_every=2, epsilon=(0.9, 0.1, 100), warmup=10**9)
+    a.fit(BatchedChain(4, n=6), 200, seed=0)
+    a.transitions, batch = 100, a.sample(64)
+    p = torch.tensor([1 - 0.1 + 0.05, 0.05])
+    threshold = float(kl_divergence(Categorical(torch.tensor([1.0, 0.0])), Categorical(p)))
+    seen, adapt = [], a.noise.adapt
+    a.noise.adapt = lambda d: seen.append((d, a.noise.delta)) or adapt(d)
+    a.updates = 1
+    a.update(batch)
+    assert not seen
+    with torch.no_grad():  # very unlike policies: the two directions of the divergence are far apart
+        a.online[-1].weight.mul_(4)
+    a.updates, state = 2, a.generator.get_state()
+    report, before = a.update(batch), 2.0
+    (distance, delta) = seen[0]
+    a.generator.set_state(state)
+    a.noise.sigma = before
+    with torch.no_grad():
+        q, noisy = a.online(batch["obs"]), a.noise.perturb(a.generator)(batch["obs"])
+    right, wrong = (kl_divergence(Categorical(logits=x), Categorical(logits=y)).mean().item() for x, y in ((q, noisy), (noisy, q)))
+    assert distance == pytest.approx(right, rel=1e-4) and abs(right - wrong) > 0.01 * right
+    assert delta == pytest.approx(threshold, rel=1e-5)
+    assert report["sigma"] == pytest.approx(before * 1.5 if right <= threshold else before / 1.5)

@@ -1,5 +1,6 @@
 """Distributional Retrace against a scalar recursion, the policy gradient by enumeration, and the agent's sequences."""
 
+import copy
 import math
 
 import numpy as np
@@ -211,3 +212,66 @@ def test_a_run_is_decided_by_its_seed_and_odd_memories_are_refused():
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
     with pytest.raises(ValueError, match="multiple"):
         Reactor(5, 2, capacity=39).fit(Chain(5).batch(4), 8)
+
+
+def test_unknown_priorities_are_interpolated_as_priorities_and_not_as_their_powers():
+    agent = Reactor(5, 2, sequence=2, capacity=40, batch_size=4, warmup=1000, hidden=(8,), prioritised=True, alpha=0.5)
+    agent.fit(Chain(5).batch(4), 40)
+    agent.updates = agent.refill_period
+    agent._prioritise(torch.tensor([4, 20]), torch.tensor([1.0, 5.0]))
+    np.testing.assert_allclose(agent.tree[np.arange(0, 40, 4)], np.sqrt([1, 1, 2, 3, 4, 5, 5, 5, 5, 5]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_update_against_losses_by_hand(weighted):
+    """A batch made by hand: actions and probabilities of row k + 1 belong to the state after row k, and a cut ends the trace."""
+    agent = Reactor(4, 3, support=torch.linspace(-6, 6, 25), sequence=3, hidden=(8,), lam=0.9, beta_clip=2.0, entropy=0.05)
+    with torch.no_grad():
+        for p in agent.online.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+        for p in agent.target.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+        agent.target.value.bias.copy_(-agent.support.square().repeat(3))  # little mass at the ends, where targets are clipped
+    n, b = 3, 5
+    obs, nxt = torch.randn(n, b, 4), torch.randn(n, b, 4)
+    batch = dict(obs=obs, next_obs=nxt, actions=torch.randint(3, (n, b)), mu=0.1 + 0.8 * torch.rand(n, b), rewards=0.3 * torch.randn(n, b))
+    batch |= dict(discounts=torch.full((n, b), 0.9), goes_on=torch.ones(n, b, dtype=torch.bool), weights=torch.ones(b))
+    batch["goes_on"][0, 1], batch["discounts"][1, 2] = False, 0.0
+    if weighted:
+        batch["weights"] = torch.linspace(0.1, 1.0, b)
+    with torch.no_grad():
+        pi = agent.online(nxt.flatten(0, 1))[0].softmax(-1).view(n, b, 3)
+        q_next = (agent.target(nxt.flatten(0, 1))[1].softmax(-1) @ agent.support).view(n, b, 3)
+        logits, q_logits = agent.online(obs[0])
+    goal, i = torch.zeros(b), torch.arange(b)
+    for j in range(b):  # backwards: what was done at x_{t+k+1} is in row k + 1
+        g = None
+        for k in (2, 1, 0):
+            value = float(pi[k, j] @ q_next[k, j])
+            if g is not None:
+                a = int(batch["actions"][k + 1, j])
+                c = 0.9 * min(1.0, float(pi[k, j, a] / batch["mu"][k + 1, j])) * float(batch["goes_on"][k, j])
+                value += c * (g - float(q_next[k, j, a]))
+            g = float(batch["rewards"][k, j]) + float(batch["discounts"][k, j]) * value
+        goal[j] = g
+    a, q = batch["actions"][0], q_logits.softmax(-1) @ agent.support
+    beta, p = (1 / batch["mu"][0]).clamp_max(2.0), logits.softmax(-1)
+    policy_loss = -(beta * (goal - q[i, a]) * p[i, a] + (q * p).sum(1)).mean()
+    # the cross-entropy is linear in the target: weight times the loss of every transition by itself
+    one = [agent_loss(agent, {k: (x[:, [j]] if x.dim() > 1 else torch.ones(1)) for k, x in batch.items()}) for j in range(b)]
+    report = agent.update(batch)
+    assert report["policy_loss"] == pytest.approx(float(policy_loss), rel=1e-3, abs=1e-3)
+    assert report["critic_loss"] == pytest.approx(float((batch["weights"] * torch.tensor(one)).mean()), rel=1e-4)
+
+
+def agent_loss(agent, batch):
+    """The critic loss that a copy of the agent reports for a batch."""
+    return copy.deepcopy(agent).update(batch)["critic_loss"]
+
+
+def test_targets_of_mixed_precision():
+    support, rewards, discounts, pi, actions, pi_a, mu_a, probs = sequences()
+    c = retrace_coefficients(pi_a, mu_a)
+    exact = distributional_retrace(support, rewards, discounts, pi, actions, c, probs)
+    mixed = distributional_retrace(support.float(), rewards, discounts, pi.float(), actions, c, probs.float())
+    torch.testing.assert_close(mixed.double(), exact, rtol=1e-4, atol=1e-5)

@@ -85,7 +85,7 @@ def nstep_double_q_target(rewards: Tensor, discounts: Tensor, q_online_last: Ten
 
     Args:
         rewards: $r_0 \dots r_{n-1}$, ``(B, n)``.
-        discounts: $d_j = \gamma (1 - \mathrm{done}_j)$, ``(B, n)``; after a 0 nothing counts, not even a value that is not finite.
+        discounts: $d_j = \gamma (1 - \mathrm{done}_j)$, ``(B, n)``; after a 0 nothing counts, not even a reward or value that is not finite.
         q_online_last, q_target_last: values of the last state ``(B, A)``.
 
     Returns:
@@ -103,8 +103,9 @@ def nstep_double_q_target(rewards: Tensor, discounts: Tensor, q_online_last: Ten
     with torch.no_grad():
         reach = discounts.cumprod(1)  # (B, n): factor of whatever comes after step j
         before = torch.cat([torch.ones_like(reach[:, :1]), reach[:, :-1]], 1)
+        seen = torch.where(before == 0, 0.0, before * rewards)  # 0 times infinity would not be 0
         last = q_target_last.gather(1, q_online_last.argmax(1, keepdim=True))[:, 0]
-        return (before * rewards).sum(1) + torch.where(reach[:, -1] == 0, 0.0, reach[:, -1] * last)
+        return seen.sum(1) + torch.where(reach[:, -1] == 0, 0.0, reach[:, -1] * last)
 
 
 class SharedReplay:
@@ -137,7 +138,8 @@ class SharedReplay:
         """Append B transitions ``{name: (B, ...)}`` with priorities ``(B,)``; returns their numbers ``(B,)``.
 
         Raises:
-            ValueError: lengths or names that differ, or a priority that is negative or not finite.
+            ValueError: lengths, names or shapes of rows that differ, numbers of a kind that the memory cannot hold (fractions where it
+                holds integers), or a priority that is negative or not finite.
         """
         rows = {name: torch.as_tensor(x) for name, x in transitions.items()}
         p, lengths = _priorities(priorities), {name: len(x) if x.dim() else -1 for name, x in rows.items()}
@@ -145,6 +147,12 @@ class SharedReplay:
             raise ValueError(f"every array must have {len(p)} rows as priorities has, got {lengths}")
         if self._rows and rows.keys() != self._rows.keys():
             raise ValueError(f"this memory holds {sorted(self._rows)}, got {sorted(rows)}")
+        for name, held in self._rows.items():
+            x = rows[name]
+            if x.shape[1:] != held.shape[1:] or not torch.can_cast(x.dtype, held.dtype):
+                raise ValueError(
+                    f"{name} must have rows of shape {tuple(held.shape[1:])} and fit {held.dtype}, got {tuple(x.shape[1:])} and {x.dtype}"
+                )
         self._make_room(len(p), rows)
         idx = torch.arange(self._next, self._next + len(p))
         for name, x in rows.items():
@@ -243,10 +251,11 @@ class ApexDQN(DQN):
         warmup: transitions before the first update.
         updates_per_step: updates for every step of all actors; with processes this is an upper limit on the pace.
         priority_floor: added to every priority; a priority of 0 would bury a transition for ever.
-        kwargs: those of the kit's `DQN`, for example hidden, lr, gamma, batch_size, target_period.
+        kwargs: those of the kit's `DQN`, for example hidden, lr, gamma, batch_size, target_period, reward_scale. There is no `epsilon`
+            (each actor has its own) and no `prioritised` (the memory always is), and the target is always that of double Q-learning.
 
     Raises:
-        ValueError: fewer than one actor, more workers than actors, a chunk or refresh below 1.
+        ValueError: fewer than one actor, more workers than actors, a chunk or refresh below 1; `epsilon`, `prioritised` or ``double=False``.
     """
 
     def __init__(
@@ -271,6 +280,12 @@ class ApexDQN(DQN):
             raise ValueError(
                 "n_actors, chunk and refresh must be at least 1, workers in 0..n_actors and priority_floor >= 0, "
                 f"got {n_actors}, {chunk}, {refresh}, {workers} and {priority_floor}"
+            )
+        refused = sorted({"epsilon", "prioritised"} & kwargs.keys()) + ["double=False"] * (not kwargs.get("double", True))
+        if refused:
+            raise ValueError(
+                f"Ape-X always has an epsilon for each actor (base, alpha_epsilon), a prioritised memory (alpha, beta) and double "
+                f"Q-learning; got {', '.join(refused)}"
             )
         probe = as_vector(env_fn, 1)
         obs_dim, n_actions = math.prod(probe.single_observation_space.shape), int(probe.single_action_space.n)
@@ -317,7 +332,13 @@ class ApexDQN(DQN):
         self.generator.manual_seed(seed)
         history: dict[str, list] = {"step": [], "update": [], "return": [], "actor": [], "alive": []}
         settings = dict(
-            env_fn=source, n_step=self.n_step, gamma=self.gamma, chunk=self.chunk, refresh=self.refresh, floor=self.priority_floor
+            env_fn=source,
+            n_step=self.n_step,
+            gamma=self.gamma,
+            chunk=self.chunk,
+            refresh=self.refresh,
+            floor=self.priority_floor,
+            reward_scale=self.reward_scale,
         )
         stop, owed = self.transitions + steps, 0.0
         deliveries = self._processes(settings, seed) if self.workers else self._in_turn(settings, seed)
@@ -412,9 +433,9 @@ class ApexDQN(DQN):
 class _Actors:
     """A group of actors in one process; each has its own environment, exploration and source of randomness."""
 
-    def __init__(self, network, epsilons, names, seed, *, env_fn, n_step, gamma, chunk, refresh, floor):
+    def __init__(self, network, epsilons, names, seed, *, env_fn, n_step, gamma, chunk, refresh, floor, reward_scale):
         self.network, self.epsilons, self.names = network.requires_grad_(False), np.asarray(epsilons), list(names)
-        self.chunk, self.refresh, self.floor = chunk, refresh, floor
+        self.chunk, self.refresh, self.floor, self.reward_scale = chunk, refresh, floor, reward_scale
         self.vec = as_vector(env_fn, len(self.names))
         if self.vec.num_envs != len(self.names):
             raise ValueError(f"env_fn must make one environment for each of {len(self.names)} actors, got {self.vec.num_envs}")
@@ -440,7 +461,8 @@ class _Actors:
             actions = np.where(bold < self.epsilons, (which * self.n_actions).astype(np.int64), greedy)
             new, rewards, terminated, truncated, info = self.vec.step(actions)
             valid = info["valid"]
-            parts.append(self.accumulator.push(self.obs, actions, rewards, info["final_obs"], terminated, truncated=truncated, valid=valid))
+            scaled = rewards * self.reward_scale
+            parts.append(self.accumulator.push(self.obs, actions, scaled, info["final_obs"], terminated, truncated=truncated, valid=valid))
             self.running += np.where(valid, rewards, 0.0)
             for i in np.flatnonzero(info["_final_obs"]):
                 episodes.append((self.names[i], float(self.running[i])))

@@ -17,7 +17,8 @@ An action that was never tried has $C = 0$ and comes first.
 
 Deviations from the paper:
 
-1. The table holds $\log E$, so that a counter of ten thousand visits does not underflow.
+1. The table holds $\log E$ and its rule (`EValues.choose`) works on these, so that counters of ten thousand visits can still be compared;
+   the E-values themselves are 0 in floating point by then.
 2. The tabular agent breaks ties between actions at random; otherwise the order in which the actions are named would be a hint.
 3. The network learns E from the stream of transitions as they are taken (SARSA needs the next action), not from the memory, and by
    cross-entropy with the target: the same minimum as the square, but a gradient that does not vanish where the sigmoid is flat, which is
@@ -87,23 +88,39 @@ class EValues:
         r"""Generalised counts $\log_{1-\alpha} E$, ``[S, A]``."""
         return self._log / math.log1p(-self.alpha)
 
-    def update(self, s: int | Tensor, a: int | Tensor, s2: int | Tensor, a2: int | Tensor, done: bool | Tensor = False) -> None:
+    def update(self, s: int | Tensor, a: int | Tensor, s2: int | Tensor, a2: int | Tensor, done: float | Tensor = False) -> None:
         r"""One SARSA step without reward; after the end of an episode the next E-value is 0.
 
         Args:
             s, a: state and action, integers or ``[B]`` of different pairs, which are then updated at the same time.
             s2, a2: the next state and the action taken there (any valid entries where `done`).
-            done: whether the episode ended by termination.
+            done: whether the episode ended by termination, as bool or number.
 
         Raises:
-            ValueError: a pair twice in one batch: the second visit would be lost.
+            ValueError: indices outside the table, or a pair twice in one batch: the second visit would be lost.
         """
         s, a, s2, a2 = (torch.as_tensor(i).reshape(-1) for i in (s, a, s2, a2))
+        for name, i, n in zip(("s", "a", "s2", "a2"), (s, a, s2, a2), 2 * self._log.shape):
+            if i.is_floating_point() or (len(i) and not 0 <= int(i.min()) <= int(i.max()) < n):
+                raise ValueError(f"{name} must hold integers in 0..{n - 1}, got {i.tolist()}")
         if len(s) > 1 and len(set((s * self._log.shape[1] + a).tolist())) < len(s):
             raise ValueError("a batch must name every pair (state, action) at most once; got one of them twice")
         ahead = self._log[s2, a2] + (math.log(self.gamma_e) if self.gamma_e else -math.inf)
-        ahead = torch.where(torch.as_tensor(done).reshape(-1), -math.inf, ahead)
+        ahead = torch.where(torch.as_tensor(done).reshape(-1).bool(), -math.inf, ahead)
         self._log[s, a] = torch.logaddexp(self._log[s, a] + math.log1p(-self.alpha), ahead + math.log(self.alpha))
+
+    def choose(self, s: int, q: Tensor, beta: float = 1.0) -> int:
+        r"""The deterministic rule in state `s` for values `q` ``[A]``, $\arg\max_a \beta q_a - \log C(s, a)$, however often all was tried.
+
+        Ties go to the lowest index.
+
+        Raises:
+            ValueError: a state outside the table or `q` of another shape.
+        """
+        q, (n_states, n_actions) = torch.as_tensor(q), self._log.shape
+        if not 0 <= s < n_states or q.shape != (n_actions,):
+            raise ValueError(f"s must be in 0..{n_states - 1} and q ({n_actions},), got {s} and {tuple(q.shape)}")
+        return _first_best(_lll_scores(q, self.counters()[s], beta))
 
 
 def lll_action(q: Tensor, e: Tensor, alpha: float, beta: float = 1.0) -> int:
@@ -111,12 +128,13 @@ def lll_action(q: Tensor, e: Tensor, alpha: float, beta: float = 1.0) -> int:
 
     Args:
         q: action values ``[A]``.
-        e: E-values ``[A]`` in [0, 1]; an action with $e = 1$ was never tried and comes first.
+        e: E-values ``[A]`` in [0, 1]; an action with $e = 1$ was never tried and comes first, one with $e = 0$ was tried endlessly and comes
+            last. After thousands of visits every E-value rounds to 0 (in float64 when $C > 745 / |\log(1 - \alpha)|$): `EValues.choose` works on.
         alpha: the learning rate of the E-values.
         beta: inverse temperature of the softmax.
 
     Raises:
-        ValueError: shapes that differ, `alpha` outside (0, 1) or E-values outside [0, 1].
+        ValueError: shapes that differ, `alpha` outside (0, 1), E-values outside [0, 1] or all 0, which say nothing any more.
     """
     q, e = torch.as_tensor(q), torch.as_tensor(e)
     if q.dim() != 1 or q.shape != e.shape or len(q) == 0:
@@ -125,7 +143,12 @@ def lll_action(q: Tensor, e: Tensor, alpha: float, beta: float = 1.0) -> int:
         raise ValueError(f"alpha must be in (0, 1), got {alpha}")
     if not bool(((e >= 0) & (e <= 1)).all()):
         raise ValueError(f"e must be in [0, 1], got values from {float(e.min()):.3g} to {float(e.max()):.3g}")
-    scores = _lll_scores(q, e.log() / math.log1p(-alpha), beta)
+    if not bool((e > 0).any()):
+        raise ValueError("all e are 0: they have underflowed and cannot be compared; use EValues.choose, which works on their logarithms")
+    return _first_best(_lll_scores(q, e.log() / math.log1p(-alpha), beta))
+
+
+def _first_best(scores: Tensor) -> int:
     return int((scores == scores.max()).nonzero()[0])
 
 
@@ -183,25 +206,28 @@ class DoraQ(Agent):
         self._base = torch.arange(copies) * n_states
 
     def act(self, obs: Any, deterministic: bool = False) -> np.ndarray:
-        """Actions ``(copies,)`` for the states ``(copies,)``; `deterministic` is greedy in the values."""
+        """Actions ``(copies,)`` for the states ``(copies,)``; `deterministic` is greedy in the values, with ties to the lowest index."""
+        if deterministic:
+            return self.q[self._base + torch.as_tensor(obs)].numpy().argmax(1)
         rows = self._base + torch.as_tensor(obs)
         q, noise = self.q[rows], torch.rand(len(rows), self.q.shape[1], dtype=torch.float64, generator=self.generator)
-        if self.rule == "lll" and not deterministic:
+        if self.rule == "lll":
             scores = _lll_scores(q, self.e_values.counters()[rows], self.beta)
-        elif self.rule == "softmax" and not deterministic:
+        elif self.rule == "softmax":
             return (self.beta * q - (-noise.log()).log()).argmax(1).numpy()  # the Gumbel trick
         else:
             scores = q
         tied = scores == scores.max(1, keepdim=True).values
-        if self.rule == "epsilon" and not deterministic:
+        if self.rule == "epsilon":
             tied |= torch.rand(len(rows), 1, generator=self.generator) < self.epsilon  # a random step is a tie between all
         return torch.where(tied, noise, -1.0).argmax(1).numpy()
 
     def update(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """One step of Q-learning and of the E-values for every copy: obs, actions, rewards, next_obs, next_actions, dones, each
-        ``(copies,)``."""
+        """One step of Q-learning and of the E-values for every copy: obs, actions, rewards, next_obs, next_actions, dones (bool or
+        number), each ``(copies,)``."""
         s, s2 = (self._base + torch.as_tensor(batch[name]) for name in ("obs", "next_obs"))
-        a, a2, done = (torch.as_tensor(batch[name]) for name in ("actions", "next_actions", "dones"))
+        a, a2 = (torch.as_tensor(batch[name]) for name in ("actions", "next_actions"))
+        done = torch.as_tensor(batch["dones"]).bool()
         target = torch.as_tensor(batch["rewards"]) + self.gamma * ~done * self.q[s2].max(1).values
         delta = target - self.q[s, a]
         self.q[s, a] += self.alpha * delta

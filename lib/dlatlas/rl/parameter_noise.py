@@ -24,7 +24,7 @@ Deviations from the paper:
 2. Copies of the environment that run in parallel have a perturbation each.
 
 Later work: Noisy networks (Fortunato et al., 2018, the same year) learn the size of the noise by gradient descent. Hollenstein et al.
-(2022) find for continuous control that the kind and scale of the noise matter as much as the method and depend on the task. Randomised
+(2022) find for continuous control that the type and scale of the action noise matter and that the best choice depends on the task. Randomised
 value functions (Osband et al., 2019) give the deep exploration on chains a theory: noise that stands for uncertainty.
 
 Example:
@@ -193,13 +193,15 @@ class DQNParamNoise(DQN):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray | Tensor, deterministic: bool = False) -> np.ndarray:
-        """The best actions ``(B,)``: of the network itself, or of the perturbed network of every copy."""
+        """The best actions ``(B,)``: of the network itself, or of the perturbed network of every copy.
+
+        Observations that are not one for each copy of the latest `begin_episodes` get a perturbed network each for this call alone.
+        """
         obs = self.tensor(obs)
-        if deterministic or not self._noisy:
+        if deterministic:
             return self.online(obs).argmax(1).cpu().numpy()
-        if len(obs) != len(self._noisy):
-            raise ValueError(f"there are perturbed networks for {len(self._noisy)} copies, got {len(obs)} observations")
-        return torch.cat([net(row[None]) for net, row in zip(self._noisy, obs)]).argmax(1).cpu().numpy()
+        nets = self._noisy if len(self._noisy) == len(obs) else [self.noise.perturb(self.generator) for _ in obs]
+        return torch.cat([net(row[None]) for net, row in zip(nets, obs)]).argmax(1).cpu().numpy()
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """A step of Q-learning, and at every `adapt_every`-th a step of sigma; reports "loss" and "sigma"."""

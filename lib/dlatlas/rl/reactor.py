@@ -93,6 +93,7 @@ def retrace_mixture(pi: Tensor, actions: Tensor, c: Tensor) -> Tensor:
     if pi.dim() != 3 or pi.numel() == 0 or actions.shape != pi.shape[:2] or c.shape != pi.shape[:2]:
         raise ValueError(f"pi must be (N, B, A), actions and c (N, B), got {tuple(pi.shape)}, {tuple(actions.shape)} and {tuple(c.shape)}")
     _probabilities("pi", pi)
+    c = c.to(pi.dtype)
     reach = torch.cat([torch.ones_like(c[:1]), c[:-1]]).cumprod(0)  # (N, B): c_1 ... c_{n-1}
     taken = torch.zeros_like(pi).scatter_(2, actions[..., None], c[..., None])
     taken[-1] = 0  # nothing comes after the last state that could correct it
@@ -158,7 +159,7 @@ class Reactor(ReplayAgent):
     r"""One trunk with a policy head and a categorical action-value head, learning from replayed sequences.
 
     It acts by its policy mixed with a uniform one. The loss is the cross-entropy with the distributional Retrace target, plus the leave-one-out policy loss on
-    $Q = \sum_k z_k q_k$ of the target network, minus an entropy bonus. It needs an environment in which every step of every copy is a transition.
+    $Q = \sum_k z_k q_k$ of the online network, without gradient, minus an entropy bonus. It needs an environment in which every step of every copy is a transition.
 
     Args:
         obs_dim: width of flat observations.
@@ -291,14 +292,14 @@ class Reactor(ReplayAgent):
         super()._prioritise(slots, priorities)
         self._known[np.asarray(slots)] = True
         if self.updates % self.refill_period == 0:
-            rows = len(self.buffer) // self._copies
+            rows, root = len(self.buffer) // self._copies, self.alpha or 1.0  # the tree holds p^alpha
             oldest = self.buffer._next if len(self.buffer) == self.capacity else 0
             order = (oldest + np.arange(rows * self._copies)).reshape(rows, self._copies) % self.capacity
             for copy in order.T:  # the slots of one copy in the order of time
                 known = self._known[copy]
                 if known.any() and not known.all():
-                    guess = np.interp(np.flatnonzero(~known), np.flatnonzero(known), self.tree[copy[known]])
-                    self.tree.set(copy[~known], guess)
+                    guess = np.interp(np.flatnonzero(~known), np.flatnonzero(known), self.tree[copy[known]] ** (1 / root))
+                    self.tree.set(copy[~known], guess**root)
 
     def _draw(self, n: int, rows: int, oldest: int) -> np.ndarray:
         """Starts in proportion to their priorities; the last rows of the ring cannot start a sequence."""

@@ -17,6 +17,10 @@ Deviations from the paper:
 1. The bootstrap of n-step Q-learning is the network that played the segment, not a target network that is copied now and then; Adam in the place of RMSProp.
 2. Every segment is learned from in minibatches; the paper makes one step for each batch of 16 environments and 5 steps.
 3. Rewards after the end of an episode, or of the segment, are left out of the reward loss.
+4. The equations are the paper's; the code that its authors published has a bias in $W^{env}$ and applies $W_a$ to $z$ instead of $z^{env}$.
+
+Measured on box pushing, 6 x 6 with 3 boxes, one run of 60,000 steps for each of the seeds 0, 1, 2: a return of -0.51, -0.42 and -0.42 with a tree of depth 2, -1.08, -1.15 and -1.13 with a flat
+network, -1.16, -1.18 and -1.17 at random. Hoped for were runs of 120,000 steps, three for each agent.
 
 Later work: MuZero (Schrittwieser et al., 2020) plans in a latent space that is trained on rewards, values and policies, with a real search instead of a full tree. Hamrick et al. (2021) find that for such agents most of the gain comes from better
 targets while learning and little from looking far ahead. Guez et al. (2019) show that recurrent networks without any built-in model can come to behave as if they planned.

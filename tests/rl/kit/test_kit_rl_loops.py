@@ -533,3 +533,11 @@ def test_an_environment_that_can_multiply_itself_is_stepped_as_one_batch():
     limited.reset(seed=0)
     truncations = [limited.step(np.ones(3, dtype=int))[3].all() for _ in range(5)]
     assert truncations == [False] * 4 + [True]
+
+
+def test_a_reset_forgets_the_rewards_of_unfinished_episodes():
+    vec, still = as_vector(sync(AutoresetMode.SAME_STEP)), lambda obs: Categorical(logits=torch.tensor([0.0, -1e9]).expand(len(obs), 2))
+    collect(still, vec, 2)
+    assert vec.running_returns.tolist() == [3.0] * 4
+    vec.reset(seed=0)
+    assert vec.running_returns.tolist() == [0.0] * 4

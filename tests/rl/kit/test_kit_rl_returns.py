@@ -150,3 +150,11 @@ def test_bad_supports():
     for z in (torch.tensor([0.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0, 3.0]), torch.zeros(2, 2)):
         with pytest.raises(ValueError, match="support"):
             categorical_projection(torch.zeros(1), torch.ones(1), z)
+
+
+def test_projection_of_mixed_precision_keeps_that_of_the_masses():
+    z, atoms, w = torch.linspace(-1, 1, 5), torch.rand(3, 4, dtype=torch.float64), torch.rand(3, 4)
+    out = categorical_projection(atoms, w, z)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, categorical_projection(atoms, w.double(), z.double()).float())
+    assert categorical_projection(atoms.float(), w.double(), z).dtype == torch.float64

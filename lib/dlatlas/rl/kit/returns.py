@@ -118,7 +118,7 @@ def categorical_projection(atoms: Tensor, weights: Tensor, support: Tensor) -> T
         support: the grid ``(K,)``, increasing and uniform, K >= 2.
 
     Returns:
-        Masses on the grid ``(..., K)``.
+        Masses on the grid ``(..., K)``, in the precision of `weights`.
     """
     if support.ndim != 1 or len(support) < 2:
         raise ValueError(f"support must be a vector of at least two points, got shape {tuple(support.shape)}")
@@ -129,7 +129,7 @@ def categorical_projection(atoms: Tensor, weights: Tensor, support: Tensor) -> T
     atoms, weights = torch.broadcast_tensors(atoms, weights)
     place = (atoms.clamp(low, high) - low) / step  # (..., M), in 0..K-1
     left = place.floor().clamp(0, k - 2)
-    share = (place - left).clamp(0, 1)
+    share = (place - left).clamp(0, 1).to(weights.dtype)
     left = left.long()
     out = weights.new_zeros((*weights.shape[:-1], k))
     return out.scatter_add(-1, left, weights * (1 - share)).scatter_add(-1, left + 1, weights * share)  # (..., K)

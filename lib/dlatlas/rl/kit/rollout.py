@@ -29,7 +29,8 @@ class SameStep(VectorWrapper):
     only in the step after the end of an episode of an environment that resets in the next step and cannot be reset in part: that step is the
     reset, and no transition.
 
-    ``last_obs`` is the latest observation, or None before the first reset.
+    ``last_obs`` is the latest observation, or None before the first reset; ``running_returns`` ``(B,)`` are the rewards that :func:`collect` has seen
+    of the unfinished episodes.
     """
 
     def __init__(self, env: VectorEnv):
@@ -42,10 +43,12 @@ class SameStep(VectorWrapper):
         self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.last_obs: np.ndarray | None = None
         self._ended = np.zeros(env.num_envs, dtype=bool)
+        self.running_returns = np.zeros(env.num_envs)
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self.last_obs, info = self.env.reset(seed=seed, options=options)
-        self._ended[:] = False
+        begun = slice(None) if not options or options.get("reset_mask") is None else options["reset_mask"]
+        self._ended[begun], self.running_returns[begun] = False, 0.0
         return self.last_obs, info
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
@@ -175,8 +178,6 @@ def collect(policy: Callable, vec: VectorEnv, T: int, generator: torch.Generator
     count, space = vec.num_envs, vec.single_action_space
     parameter = next(policy.parameters(), None) if isinstance(policy, torch.nn.Module) else None
     dtype, device = (torch.float32, torch.device("cpu")) if parameter is None else (parameter.dtype, parameter.device)
-    if not hasattr(vec, "running_returns"):
-        vec.running_returns = np.zeros(count)
     running, episode_returns = vec.running_returns, []
 
     def tensor(x: np.ndarray) -> Tensor:
