@@ -59,7 +59,10 @@ def outputs(codes: Mapping[str, str], store: Path) -> dict[str, str]:
     library = _library()
     marks = {key: hashlib.sha256(f"{library}\n{code}".encode()).hexdigest() for key, code in codes.items()}
     stale = [key for key in codes if known.get(key, {}).get("mark") != marks[key]]
-    fresh = dict(zip(stale, joblib.Parallel(n_jobs=2)(joblib.delayed(_attempt)(codes[key]) for key in stale), strict=True))
+    with warnings.catch_warnings():
+        # Workers that have grown large are replaced by fresh ones, and joblib says so.
+        warnings.filterwarnings("ignore", message="A worker stopped", category=UserWarning)
+        fresh = dict(zip(stale, joblib.Parallel(n_jobs=2)(joblib.delayed(_attempt)(codes[key]) for key in stale), strict=True))
     if faults := [f"{key}: {error}" for key, (_, error) in fresh.items() if error]:
         raise ExampleError("examples of docstrings do not run:\n  " + "\n  ".join(faults[:20]))
     known = {key: {"mark": marks[key], "output": fresh[key][0] if key in fresh else known[key]["output"]} for key in codes}
