@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from dlatlas.gans.mmd import distance_kernel, kid, mmd2, mmd_critic_loss, poly_kernel, rbf_kernel, rq_kernel
 
@@ -95,3 +96,11 @@ def test_bad_input():
                 lambda: rq_kernel(X, Y, ()), lambda: rbf_kernel(X, Y, (0,)), lambda: mmd_critic_loss(lambda x: x, X, X, gp_weight=-1)):  # fmt: skip
         with pytest.raises(ValueError, match="got"):
             bad()
+
+
+def test_the_critic_sees_real_and_generated_samples_apart():
+    """With batch statistics, features of both together would be others."""
+    critic = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).double()
+    real, fake = torch.randn(20, 3, dtype=torch.float64), 4 + torch.randn(20, 3, dtype=torch.float64)
+    loss = mmd_critic_loss(critic, real, fake, gp_weight=0.0)
+    torch.testing.assert_close(loss, -mmd2(critic(real), critic(fake), rq_kernel))

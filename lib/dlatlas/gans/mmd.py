@@ -218,7 +218,7 @@ def mmd_critic_loss(
         raise ValueError(f"gp_weight must not be negative, got {gp_weight}")
     if real.shape[1:] != fake.shape[1:]:
         raise ValueError(f"expected samples of one shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
-    features = critic(torch.cat([real, fake]))
+    features = torch.cat([critic(real), critic(fake)])  # apart: layers with batch statistics must not mix the samples
     n, m = len(real), len(fake)
     if min(n, m) < 2:
         raise ValueError(f"expected at least 2 rows in both samples, got {n} and {m}")
