@@ -51,7 +51,7 @@ def samples(html: Path, turn: int | None = None) -> list[str]:
     chapters = [name for name in names if name.startswith("chapters/")]
     papers = [name for name in names if name.startswith("papers/")]
     top = [name for name in names if "/" not in name and name not in {"search.html", "genindex.html"}]
-    found = [*top, *chapters, *papers[:: max(1, len(papers) // 4)], "parts/gans.html", "parts/theory.html"]
+    found = [*top, *chapters, *papers[:: max(1, len(papers) // 4)], "parts/gans.html", "parts/theory.html", "kits/rl.html"]
     return found if turn is None else found[turn::2]
 
 

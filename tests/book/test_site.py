@@ -11,7 +11,7 @@ import time
 import pytest
 
 from dlatlas import catalog
-from dlatlas.book import site
+from dlatlas.book import pages, site
 from dlatlas.book.site import SiteError, faults_of
 
 pytestmark = pytest.mark.xdist_group("site")
@@ -185,3 +185,14 @@ def test_arenas_gather_the_comparisons_of_the_chapters(small_site):
     text = page(small_site, "arenas")
     assert "Does the machinery work?" in text
     assert "<caption>Errors</caption>" in text and "0.15 ± 0.07071" in text
+
+
+def test_what_methods_share_is_documented_and_linked_from_their_pages():
+    book = pages.Book(site.LIBRARY.parents[1], "quick", REPOSITORY, "main", {}, {}, printed=dict.fromkeys(catalog.papers(), ""))
+    kits = {f"kits/{slug}": pages.kit_page(book, slug, modules) for slug, modules in pages.kits(book.root).items()}
+    assert "updates after every step of the whole vector environment" in kits["kits/rl"]
+    for row in book.implemented.values():
+        for kit, anchor in re.findall(r'href="\.\./(kits/\w+)\.html#([\w-]+)"', pages.paper_page(book, row)):
+            assert f"({anchor})=" in kits[kit], f"{row.key} links to {anchor}"
+    assert "#kit-rl-kit-actor-critic-actorcriticagent-class" in pages.paper_page(book, catalog.papers()["haarnoja2018soft"])
+    assert "../kits/rl.html" in pages.part_page(book, catalog.parts()["rl"])

@@ -22,7 +22,7 @@ from sklearn.neighbors import NearestNeighbors
 from dlatlas import catalog
 from dlatlas.book import docs
 
-__all__ = ["describe", "idea", "layout", "nearest", "relations", "spread_out"]
+__all__ = ["components", "describe", "idea", "layout", "nearest", "relations", "spread_out"]
 
 
 def describe(root: Path, row: catalog.Paper) -> str:
@@ -99,20 +99,24 @@ def spread_out(points: np.ndarray, distance: float, rounds: int = 60) -> np.ndar
     return points
 
 
+_KIT = re.compile(r"dlatlas\.(\w+\.)?kit\.")
+
+
 def relations(root: Path, rows: Mapping[str, catalog.Paper]) -> dict[str, dict[str, list[str]]]:
     """What the modules import: for each key ``builds`` (keys of other papers) and ``parts`` (shared components, as module names)."""
     by_module = {row.module: key for key, row in rows.items()}
     found = {}
     for key, row in rows.items():
-        imported = _imports(root / row.source)
-        builds = sorted({by_module[name] for name in imported if name in by_module} - {key})
-        shared = sorted(
-            name.removeprefix("dlatlas.")
-            for name in imported
-            if re.match(r"dlatlas\.(\w+\.)?kit\.", name) and (root / f"lib/{name.replace('.', '/')}.py").is_file()
-        )
-        found[key] = {"builds": builds, "parts": shared}
+        builds = sorted({by_module[name] for name in _imports(root / row.source) if name in by_module} - {key})
+        found[key] = {"builds": builds, "parts": [name.removeprefix("dlatlas.") for name in components(root, row)]}
     return found
+
+
+def components(root: Path, row: catalog.Paper) -> dict[str, list[str]]:
+    """Modules of the kits that a paper's module imports, each with the names that it takes from it."""
+    imported = _imports(root / row.source)
+    modules = sorted(name for name in imported if _KIT.match(name) and (root / f"lib/{name.replace('.', '/')}.py").is_file())
+    return {module: sorted(name.removeprefix(f"{module}.") for name in imported if name.startswith(f"{module}.")) for module in modules}
 
 
 def _imports(path: Path) -> set[str]:

@@ -24,7 +24,7 @@ import yaml
 
 from dlatlas import catalog
 from dlatlas.book import docs, examples, ledger, peers
-from dlatlas.book.field import describe, nearest, relations
+from dlatlas.book.field import components, describe, nearest, relations
 from dlatlas.claims import Claim
 from dlatlas.plot import html_table
 
@@ -305,7 +305,9 @@ def paper_page(book: Book, row: catalog.Paper) -> str:
         ]
     if rest.strip():
         out += ["## How it is done here", docs.to_myst(rest, level=3)]
-    out += ["## Interface", _api(row, module)]
+    out += ["## Interface", _api(row.module, module, 3)]
+    if shared := _components(book, row, here):
+        out.append(raw(shared))
     out += [
         # Colons: a fence of backticks may have none in its title.
         f"::::{{dropdown}} Source: `{row.source}`, {module.lines} lines\n:class-container: dlatlas-source\n\n"
@@ -365,7 +367,7 @@ def _related(book: Book, row: catalog.Paper, here: str) -> str:
     facts = {
         "Builds on": [method_link(book, papers[key], here) for key in own["builds"]],
         "Used by": [method_link(book, papers[key], here) for key in users],
-        "Made with": [external(f"{book.repository}/blob/{book.branch}/lib/dlatlas/{n.replace('.', '/')}.py", n) for n in own["parts"]],
+        "Made with": [a(kit_link(f"dlatlas.{name}", here), name) for name in own["parts"]],
         "Shares these with": [method_link(book, papers[key], here) for key in sharing],
         "Described most alike": [method_link(book, other, here) for other in book.nearest[row.key]],
     }
@@ -377,21 +379,22 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _api(row: catalog.Paper, module: docs.Module) -> str:
+def _api(name: str, module: docs.Module, level: int, label: str = "") -> str:
+    """How to import the public names of a module, and their documentation; with `label`, each gets an anchor that begins so."""
     names = [entry.name for entry in module.entries]
     if not names:
-        return f"```python\nimport {row.module}\n```"
-    listed = ", ".join(names)
-    importing = f"from {row.module} import {listed}"
+        return f"```python\nimport {name}\n```"
+    importing = f"from {name} import {', '.join(names)}"
     if len(importing) > docs.LINE:
-        importing = f"from {row.module} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
+        importing = f"from {name} import (\n" + "".join(f"    {entry},\n" for entry in names) + ")"
     out = [f"```python\n{importing}\n```"]
     for entry in module.entries:
-        out += [f"### `{entry.name}`", _signature(entry)]
+        out += [f"({label}-{_slug(entry.name)})="] if label else []
+        out += [f"{'#' * level} `{entry.name}`", _signature(entry)]
         if entry.doc:
             out.append(docs.to_myst(entry.doc, level=0))
         for member in entry.members:
-            out += [f"#### `{entry.name}.{member.name}`", _signature(member)]
+            out += [f"{'#' * (level + 1)} `{entry.name}.{member.name}`", _signature(member)]
             if member.doc:
                 out.append(docs.to_myst(member.doc, level=0))
     return "\n\n".join(out)
@@ -427,6 +430,73 @@ def _state(book: Book, row: catalog.Paper) -> str:
     return done + (f'<br><span class="dlatlas-small">{held(claims)}</span>' if claims else "")
 
 
+# --- kits -------------------------------------------------------------------------------------------------------------
+
+
+def kits(root: Path) -> dict[str, dict[str, Path]]:
+    """The shared modules of each part by dotted name; under "shared" those of several parts."""
+    found: dict[str, dict[str, Path]] = {}
+    library = root / "lib" / "dlatlas"
+    for slug in ("shared", *catalog.parts()):
+        folder = library / "kit" if slug == "shared" else library / slug / "kit"
+        modules = {
+            ".".join(path.relative_to(library.parent).with_suffix("").parts).removesuffix(".__init__"): path
+            for path in sorted(folder.rglob("*.py"))
+            if not path.stem.startswith("_") or path.stem == "__init__"
+        }
+        if modules := {name: path for name, path in modules.items() if docs.read(path).entries}:
+            found[slug] = modules
+    return found
+
+
+def _slug(name: str) -> str:
+    # Anchors know no capitals, but a class `LeNet` and a function `lenet` may live side by side.
+    return name.lower().replace("_", "-").strip("-") + ("" if name.islower() else "-class")
+
+
+def _kit_label(module: str, name: str = "") -> str:
+    return "-".join(["kit", *(part.replace("_", "-") for part in module.split(".")[1:]), *([_slug(name)] if name else [])])
+
+
+def kit_link(module: str, here: str, name: str = "") -> str:
+    """Where the page of a kit documents a module, or a name in it."""
+    slug = module.split(".")[1]
+    return link(here, f"kits/{'shared' if slug == 'kit' else slug}", _kit_label(module, name))
+
+
+def _components(book: Book, row: catalog.Paper, here: str) -> str:
+    """What the interface takes from the kits: base classes, networks and loops, each with its first sentence."""
+    lines = []
+    for module, names in components(book.root, row).items():
+        entries = {entry.name: entry for entry in docs.read(book.root / f"lib/{module.replace('.', '/')}.py").entries}
+        for name in names:
+            if name in entries and (said := docs.first_paragraph(entries[name].doc)):
+                sentence = re.split(r"(?<=[.:;])\s", " ".join(said.split()))[0].rstrip(".:;").replace("`", "")
+                shown = "" if re.search(r"[$\\]", sentence) else f": {esc(sentence)}"
+                lines.append(f"<li>{a(kit_link(module, here, name), name)}{shown}</li>")
+    return f"<p>It is made with, and documented there:</p>\n<ul class=dlatlas-kit>{''.join(lines)}</ul>" if lines else ""
+
+
+def kit_page(book: Book, slug: str, modules: Mapping[str, Path]) -> str:
+    """The documentation of all shared modules of a part."""
+    here = f"kits/{slug}"
+    title = "Shared by several parts" if slug == "shared" else f"Shared in {catalog.parts()[slug].title}"
+    out = [f"({here.replace('/', '-')}-page)=", f"# {docs.escape(title)}"]
+    for name, path in modules.items():
+        module, source = docs.read(path), path.relative_to(book.root).as_posix()
+        users = [key for key in book.implemented if name.removeprefix("dlatlas.") in book.relations[key]["parts"]]
+        out += [f"({_kit_label(name)})=", f"## `{name.removeprefix('dlatlas.')}`", docs.to_myst(module.doc, level=0)]
+        if users:
+            linked = ", ".join(method_link(book, catalog.papers()[key], here) for key in users)
+            out.append(raw(f"<p class=dlatlas-small>Used by {linked}.</p>"))
+        out += [
+            _api(name, module, 3, _kit_label(name)),
+            f"::::{{dropdown}} Source: `{source}`, {module.lines} lines\n:class-container: dlatlas-source\n\n"
+            f"```{{literalinclude}} /{source}\n:language: python\n:linenos:\n```\n::::",
+        ]
+    return "\n\n".join(out) + "\n"
+
+
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
@@ -452,6 +522,9 @@ def part_page(book: Book, part: catalog.Part) -> str:
                 f"<p><span class=dlatlas-state>not built yet</span> <span class=dlatlas-small>{count(len(chapter.papers), 'paper')}</span></p>"
             ]
         out.append(raw("\n".join(lines) + "\n" + _papers_table(book, chapter.papers, here)))
+    if part.slug in kits(book.root):
+        shared = a(link(here, f"kits/{part.slug}"), "networks, loops, data and scores that these methods share", "dlatlas-go")
+        out.append(raw(f"<p>Documentation of the {shared}</p>"))
     return "\n\n".join(out) + "\n"
 
 
@@ -694,6 +767,7 @@ def generate(book: Book, skeleton: dict[str, Any]) -> dict[str, str]:
     """All generated files by path below the staged source."""
     out = {f"papers/{key}.md": paper_page(book, row) for key, row in book.implemented.items()}
     out |= {f"parts/{slug}.md": part_page(book, part) for slug, part in catalog.parts().items()}
+    out |= {f"kits/{slug}.md": kit_page(book, slug, modules) for slug, modules in kits(book.root).items()}
     return out | {
         "ledger.md": ledger_page(book),
         "arenas.md": arenas_page(book),
@@ -711,7 +785,7 @@ def toc(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
     The parts are pages whose children are their chapters, whose children
     are their papers; papers of chapters that are not in this build are children of their part.
     """
-    atlas = []
+    atlas, shared = [], kits(book.root)
     for slug, part in catalog.parts().items():
         sections: list[dict[str, Any]] = []
         for chapter in part.chapters:
@@ -720,8 +794,10 @@ def toc(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
                 sections.append({"file": f"chapters/{chapter.id}", **({"sections": papers} if papers else {})})
             else:
                 sections += papers
+        if slug in shared:
+            sections.append({"file": f"kits/{slug}"})
         atlas.append({"file": f"parts/{slug}", **({"sections": sections} if sections else {})})
-    reference = [{"file": name} for name in REFERENCE]
+    reference = [{"file": name} for name in (*REFERENCE, *(["kits/shared"] if "shared" in shared else []))]
     return {
         "format": "jb-book",
         "root": skeleton["root"],
@@ -755,6 +831,9 @@ def extension_data(book: Book, skeleton: dict[str, Any]) -> dict[str, Any]:
     # Ledger and arenas have no source of their own: they are gathered from the chapters.
     pages |= {name: {"source": "lib/dlatlas/catalog.yml"} for name in ("map", "status", "bibliography")}
     pages["tracks"] = {"source": "book/tracks.yml"}
+    for slug in kits(book.root):
+        folder = "lib/dlatlas/kit" if slug == "shared" else f"lib/dlatlas/{slug}/kit"
+        pages[f"kits/{slug}"] = {"source": f"{folder}/__init__.py", "up": "status" if slug == "shared" else f"parts/{slug}"}
     order += REFERENCE
     for before, page, after in zip([None, *order], order, [*order[1:], None]):
         pages.setdefault(page, {})

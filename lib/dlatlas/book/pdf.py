@@ -44,7 +44,7 @@ def order(toc: dict[str, Any]) -> list[str]:
             yield from walk(entry.get("sections", []))
 
     pages = [toc["root"], *(name for part in toc["parts"] for name in walk(part["chapters"]))]
-    return [name for name in pages if not name.startswith("papers/")]
+    return [name for name in pages if not name.startswith(("papers/", "kits/"))]
 
 
 def bind(html: Path, toc: dict[str, Any], out: Path, jobs: int = 2) -> int:

@@ -445,10 +445,46 @@ def test_bad_arguments_of_agents():
         DQN(3, 2).sample()
     with pytest.raises(ValueError, match="Box"):
         DQN(16, 4).fit("FrozenLake-v1", 10)
-    agent = DQN(3, 2)
+    agent = DQN(3, 2, network=torch.nn.Linear(3, 2))
     agent.fit(Counter, 5)
     with pytest.raises(ValueError, match="memory"):
         agent.fit("CartPole-v1", 5)
+
+
+@pytest.mark.parametrize(
+    ("agent", "env", "message"),
+    [
+        (DQN(3, 2), "CartPole-v1", "observations of 3 numbers"),
+        (DQN(4, 3), "CartPole-v1", "3 discrete actions"),
+        (DQN(3, 2), "Pendulum-v1", "2 discrete actions"),
+        (DDPG(4, 1, -2.0, 2.0), "Pendulum-v1", r"observations of shape \(4,\)"),
+        (DDPG(3, 2, -2.0, 2.0), "Pendulum-v1", "a Box of 2 actions"),
+        (DDPG(4, 1, -2.0, 2.0), "CartPole-v1", "a Box of 1 actions"),
+        (DDPG(3, 1, -2.5, 2.0), "Pendulum-v1", "actions lie in"),
+    ],
+)
+def test_an_agent_refuses_an_environment_that_it_was_not_made_for(agent, env, message):
+    with pytest.raises(ValueError, match=message):
+        agent.fit(env, 1)
+    assert agent.transitions == 0
+    with pytest.raises(ValueError, match=message):
+        evaluate(agent, env, 1)
+
+
+def test_a_box_within_the_environments_is_the_agents_choice():
+    agent = DDPG(3, 1, -1.0, 1.5)
+    agent.fit("Pendulum-v1", 20)
+    assert agent.buffer.storage["actions"][:20].abs().max() <= 1.5 and agent.transitions == 20
+
+
+def test_an_episode_that_does_not_end_is_no_wait_for_ever():
+    class Circle:
+        def act(self, obs, deterministic=False):
+            return np.array([0, 0])[: len(obs)]  # left, against the wall
+
+    with pytest.raises(ValueError, match=r"500 steps.*max_episode_steps"):
+        evaluate(Circle(), "CliffWalking-v1", 2, longest=500)
+    assert evaluate(Circle(), lambda: gymnasium.make("CliffWalking-v1", max_episode_steps=40), 2, longest=40)["mean"] == -40
 
 
 class Fixed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,16 @@ class ActorCriticAgent(ReplayAgent):
         self.obs_dim, self.act_dim, self.hidden, self.lr = obs_dim, act_dim, tuple(hidden), lr
         self.tau, self.target_period = tau, target_period
         self._middle, self._half = self.tensor((self.high + self.low) / 2), self.tensor((self.high - self.low) / 2)
+
+    def check_spaces(self, observations: gymnasium.Space, actions: gymnasium.Space) -> None:
+        """Flat observations of width `obs_dim`, and a box of `act_dim` actions that holds the agent's."""
+        super().check_spaces(observations, actions)
+        if observations.shape != (self.obs_dim,):
+            raise ValueError(f"the agent expects observations of shape {(self.obs_dim,)}, the environment has {observations.shape}")
+        if not isinstance(actions, gymnasium.spaces.Box) or actions.shape != (self.act_dim,):
+            raise ValueError(f"the agent expects a Box of {self.act_dim} actions, the environment has {actions}")
+        if (self.low < actions.low - 1e-6).any() or (self.high > actions.high + 1e-6).any():
+            raise ValueError(f"the agent's actions lie in [{self.low}, {self.high}], the environment takes [{actions.low}, {actions.high}]")
 
     def scale(self, unit: Tensor) -> Tensor:
         """From [-1, 1] to [low, high]."""

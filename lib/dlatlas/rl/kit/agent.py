@@ -51,7 +51,7 @@ class Agent:
 class ReplayAgent(Agent):
     r"""An agent that learns from a memory of transitions.
 
-    A subclass gives `act` and `update`; it may override `explore`, `begin_episodes` and `initial_priorities`. The batch of `update` holds tensors:
+    A subclass gives `act` and `update`; it may override `explore`, `begin_episodes`, `initial_priorities` and `check_spaces`. The batch of `update` holds tensors:
     obs ``(B, ...)``, actions, returns ``(B,)`` $\sum_{k<m}\gamma^k r_{t+k}$ (times `reward_scale`), discounts ``(B,)`` $\gamma^m (1 - \text{terminated})$ and
     next_obs; with `prioritised` also weights ``(B,)`` and idx ``(B,)``. The one-step target is ``returns + discounts * V(next_obs)``. A truncated
     episode is no end: its next_obs is the final observation and its discount stays $\gamma^m$.
@@ -190,12 +190,16 @@ class ReplayAgent(Agent):
                 break
         return history
 
+    def check_spaces(self, observations: gymnasium.Space, actions: gymnasium.Space) -> None:
+        """Raise `ValueError` where the agent was made for other observations or actions than one environment has."""
+        if not isinstance(observations, gymnasium.spaces.Box):
+            raise ValueError(f"the observations must be a Box, got {observations}; wrap the environment (one-hot or flat observations)")
+        if not isinstance(actions, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
+            raise ValueError(f"the actions must be Discrete or a Box, got {actions}")
+
     def _make_buffer(self, vec: VectorEnv) -> None:
         obs, action = vec.single_observation_space, vec.single_action_space
-        if not isinstance(obs, gymnasium.spaces.Box):
-            raise ValueError(f"the observations must be a Box, got {obs}; wrap the environment (one-hot or flat observations)")
-        if not isinstance(action, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
-            raise ValueError(f"the actions must be Discrete or a Box, got {action}")
+        self.check_spaces(obs, action)
         obs_dtype = np.uint8 if obs.dtype == np.uint8 else np.float32
         action_dtype = np.float32 if isinstance(action, gymnasium.spaces.Box) else np.int64
         specs = {

@@ -14,7 +14,9 @@ __all__ = ["aggregate", "evaluate"]
 COPIES = 32
 
 
-def evaluate(agent, env_fn: Source, episodes: int, seed: int = 0, deterministic: bool = True) -> dict[str, float | np.ndarray]:
+def evaluate(
+    agent, env_fn: Source, episodes: int, seed: int = 0, deterministic: bool = True, *, longest: int = 30_000
+) -> dict[str, float | np.ndarray]:
     """Play whole episodes and report their undiscounted returns.
 
     Every copy of the environment plays one episode a round, so that short episodes are not favoured.
@@ -25,15 +27,21 @@ def evaluate(agent, env_fn: Source, episodes: int, seed: int = 0, deterministic:
         episodes: how many.
         seed: seed of the environments.
         deterministic: the agent acts without exploration.
+        longest: steps that an episode may take.
 
     Returns:
-        mean and std (of the sample, ddof 0) of the returns, the returns and the lengths ``(episodes,)``.
+        "mean" and "std" (of the sample, ddof 0) of the returns, the "returns" and the "lengths" ``(episodes,)``.
+
+    Raises:
+        ValueError: spaces that do not fit the agent, or an episode that does not end (a deterministic policy may go round in circles for ever).
     """
     if int(episodes) != episodes or episodes < 1:
         raise ValueError(f"episodes must be a positive integer, got {episodes}")
     single = not isinstance(env_fn, VectorEnv) and hasattr(env_fn, "step") and not isinstance(env_fn, type)
     vec = as_vector(env_fn, 1 if single else min(episodes, COPIES))
     count, space = vec.num_envs, vec.single_action_space
+    if hasattr(agent, "check_spaces"):
+        agent.check_spaces(vec.single_observation_space, space)
     returns, lengths = [], []
     for start in range(0, episodes, count):
         obs, _ = vec.reset(seed=seed + start)
@@ -44,6 +52,10 @@ def evaluate(agent, env_fn: Source, episodes: int, seed: int = 0, deterministic:
             total[playing] += rewards[playing]
             length[playing] += 1
             playing &= ~info["_final_obs"]
+            if (length[playing] >= longest).any():
+                raise ValueError(
+                    f"an episode has not ended after {longest:,} steps; give the environment a time limit: gymnasium.make(..., max_episode_steps=...)"
+                )
         kept = min(count, episodes - start)
         returns.append(total[:kept])
         lengths.append(length[:kept])

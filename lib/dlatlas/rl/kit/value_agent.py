@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,8 @@ class DQN(ReplayAgent):
             raise ValueError(f"epsilon must be (start, end, decay_steps) with rates in [0, 1], got {epsilon}")
         if int(target_period) != target_period or target_period < 1:
             raise ValueError(f"target_period must be a positive integer, got {target_period}")
+        # The width that observations must have, or None where a network of the user's reads them.
+        self.width = obs_dim if network is None else None
         if network is None:
             network = nn.Sequential(nn.Flatten(), *mlp((obs_dim, *hidden, n_actions), nn.ReLU, layer_norm))
         if zero_head:
@@ -66,6 +70,14 @@ class DQN(ReplayAgent):
         self.online = network.to(self.device)
         self.target = self.make_target(self.online)
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=lr, fused=True)
+
+    def check_spaces(self, observations: gymnasium.Space, actions: gymnasium.Space) -> None:
+        """`n_actions` discrete actions, and `obs_dim` numbers in an observation unless the network is the user's own."""
+        super().check_spaces(observations, actions)
+        if self.width is not None and math.prod(observations.shape) != self.width:
+            raise ValueError(f"the agent expects observations of {self.width} numbers, the environment has shape {observations.shape}")
+        if not isinstance(actions, gymnasium.spaces.Discrete) or actions.n != self.n_actions:
+            raise ValueError(f"the agent expects {self.n_actions} discrete actions, the environment has {actions}")
 
     @property
     def epsilon(self) -> float:
