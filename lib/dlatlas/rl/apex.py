@@ -46,22 +46,16 @@ Example:
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.connection import wait
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from dlatlas.rl.kit.agent import copy_
-from dlatlas.rl.kit.buffers import NStepAccumulator, SumTree
+from dlatlas.rl.kit.actors import ActorPool, frozen_copy
+from dlatlas.rl.kit.buffers import SumTree
 from dlatlas.rl.kit.rollout import as_vector
 from dlatlas.rl.kit.value_agent import DQN
 
@@ -331,24 +325,18 @@ class ApexDQN(DQN):
         source = self.env_fn if env is None else env
         self.generator.manual_seed(seed)
         history: dict[str, list] = {"step": [], "update": [], "return": [], "actor": [], "alive": []}
-        settings = dict(
-            env_fn=source,
-            n_step=self.n_step,
-            gamma=self.gamma,
-            chunk=self.chunk,
-            refresh=self.refresh,
-            floor=self.priority_floor,
-            reward_scale=self.reward_scale,
-        )
-        stop, owed = self.transitions + steps, 0.0
-        deliveries = self._processes(settings, seed) if self.workers else self._in_turn(settings, seed)
+        policy = _EpsilonGreedy(frozen_copy(self.online), self.epsilons, self.n_actions, self.priority_floor)
+        settings = dict(n_step=self.n_step, gamma=self.gamma, chunk=self.chunk, refresh=self.refresh, reward_scale=self.reward_scale)
+        pool = ActorPool(policy, self.online, source, len(self.epsilons), workers=self.workers, seed=seed, **settings)
+        self.processes = pool.processes
+        stop, owed, deliveries = self.transitions + steps, 0.0, pool.deliveries()
         try:
             while self.transitions < stop:
                 transitions, priorities, episodes, alive = next(deliveries)
                 self.memory.add(transitions, priorities)
                 self.transitions += len(priorities)
                 history["alive"].append(alive)
-                for actor, total in episodes:
+                for actor, total, _ in episodes:
                     history["step"].append(self.transitions)
                     history["update"].append(self.updates)
                     history["return"].append(total)
@@ -374,141 +362,28 @@ class ApexDQN(DQN):
 
     def _learn_once(self) -> None:
         batch, idx, weights = self.memory.sample(self.batch_size, self.generator)
+        batch |= {name: batch[name].float() for name in ("obs", "next_obs")}
         report = self.update({name: x.to(self.device) for name, x in batch.items()} | {"weights": weights.to(self.device)})
         self.memory.update(idx, report["priorities"].cpu() + self.priority_floor)
         self.updates += 1
 
-    def _in_turn(self, settings: dict[str, Any], seed: int) -> Iterator[tuple]:
-        """Deliveries of all actors in this process."""
-        actors = _Actors(copy.deepcopy(self.online).cpu(), self.epsilons, range(len(self.epsilons)), seed, **settings)
-        while True:
-            actors.look(lambda net: copy_(net, [p.detach().cpu() for p in self.online.parameters()]))
-            yield (*actors.play(), 0)
 
-    def _processes(self, settings: dict[str, Any], seed: int) -> Iterator[tuple]:
-        """Deliveries of actors in processes of their own, in the order of their arrival."""
-        context = _context()
-        flat = nn.utils.parameters_to_vector(self.online.parameters()).detach().cpu().clone().share_memory_()
-        control = torch.zeros(2, dtype=torch.long).share_memory_()  # [version of the parameters, stop]
-        pipes, published = {}, -1
-        self.processes = []
-        network = copy.deepcopy(self.online).cpu()
-        try:
-            for part in np.array_split(np.arange(len(self.epsilons)), self.workers):
-                mine, theirs = context.Pipe(duplex=False)
-                arguments = (theirs, flat, control, network, self.epsilons[part], part.tolist(), seed, settings)
-                process = context.Process(target=_work, args=arguments, daemon=True)
-                process.start()
-                theirs.close()  # so that the end of the process is the end of the pipe
-                self.processes.append(process)
-                pipes[mine] = process
-            while pipes:
-                for pipe in wait(list(pipes)):
-                    try:
-                        kind, content = pipe.recv()
-                    except (EOFError, OSError):  # the actor is gone, perhaps in the middle of a delivery
-                        pipe.close()
-                        del pipes[pipe]
-                        continue
-                    if kind == "error":
-                        raise RuntimeError(f"an actor failed: {content}")
-                    yield (*content, len(pipes))
-                    if self.updates != published:
-                        published = self.updates
-                        control[0] += 1  # odd: being written
-                        flat.copy_(nn.utils.parameters_to_vector(self.online.parameters()).detach())
-                        control[0] += 1
-            raise RuntimeError("all actors have died")
-        finally:
-            control[1] = 1
-            for pipe in pipes:
-                pipe.close()  # an actor that waits to deliver wakes up with a broken pipe
-            for process in self.processes:
-                process.join(10)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+class _EpsilonGreedy:
+    """How actors act: each at random with its own probability, and with the first priorities of what they saw."""
 
+    def __init__(self, network: nn.Module, epsilons: np.ndarray, n_actions: int, floor: float):
+        self.network, self.epsilons, self.n_actions, self.floor = network, epsilons, n_actions, floor
 
-class _Actors:
-    """A group of actors in one process; each has its own environment, exploration and source of randomness."""
+    def draw(self, rng: np.random.Generator, steps: int) -> np.ndarray:
+        return rng.random((steps, 2))
 
-    def __init__(self, network, epsilons, names, seed, *, env_fn, n_step, gamma, chunk, refresh, floor, reward_scale):
-        self.network, self.epsilons, self.names = network.requires_grad_(False), np.asarray(epsilons), list(names)
-        self.chunk, self.refresh, self.floor, self.reward_scale = chunk, refresh, floor, reward_scale
-        self.vec = as_vector(env_fn, len(self.names))
-        if self.vec.num_envs != len(self.names):
-            raise ValueError(f"env_fn must make one environment for each of {len(self.names)} actors, got {self.vec.num_envs}")
-        self.n_actions = int(self.vec.single_action_space.n)
-        seeds = [np.random.SeedSequence([seed, name]) for name in self.names]
-        self.rngs = [np.random.default_rng(s) for s in seeds]
-        self.obs, _ = self.vec.reset(seed=[int(s.generate_state(1)[0]) % 2**31 for s in seeds])
-        self.accumulator, self.running, self.steps, self.looked = NStepAccumulator(n_step, gamma), np.zeros(len(self.names)), 0, None
+    def act(self, obs: np.ndarray, draws: np.ndarray, names: Sequence[int], step: int) -> np.ndarray:
+        greedy = self.network(torch.as_tensor(obs, dtype=torch.float32)).argmax(1).numpy()
+        bold, which = draws.T
+        return np.where(bold < self.epsilons[names], (which * self.n_actions).astype(np.int64), greedy)
 
-    def look(self, load: Callable[[nn.Module], None]) -> None:
-        """Take over the learner's parameters if it is time for it."""
-        if self.looked is None or self.steps - self.looked >= self.refresh:
-            load(self.network)
-            self.looked = self.steps
-
-    @torch.no_grad()
-    def play(self) -> tuple[dict[str, np.ndarray], np.ndarray, list[tuple[int, float]]]:
-        """A chunk of steps: transitions, first priorities, and (actor, return) of the episodes that ended."""
-        parts, episodes = [], []
-        dice = np.stack([rng.random((self.chunk, 2)) for rng in self.rngs], 1)  # [chunk, actors, 2]
-        for bold, which in dice.transpose(0, 2, 1):
-            greedy = self.network(torch.as_tensor(self.obs, dtype=torch.float32)).argmax(1).numpy()
-            actions = np.where(bold < self.epsilons, (which * self.n_actions).astype(np.int64), greedy)
-            new, rewards, terminated, truncated, info = self.vec.step(actions)
-            valid = info["valid"]
-            scaled = rewards * self.reward_scale
-            parts.append(self.accumulator.push(self.obs, actions, scaled, info["final_obs"], terminated, truncated=truncated, valid=valid))
-            self.running += np.where(valid, rewards, 0.0)
-            for i in np.flatnonzero(info["_final_obs"]):
-                episodes.append((self.names[i], float(self.running[i])))
-                self.running[i] = 0.0
-            self.obs = new
-        self.steps += self.chunk
-        out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        out = {name: x if name == "actions" else x.astype(np.float32) for name, x in out.items()}
-        rows = {name: torch.from_numpy(x) for name, x in out.items()}
-        after = self.network(rows["next_obs"])
+    def priorities(self, rows: dict[str, Tensor]) -> np.ndarray:
+        after = self.network(rows["next_obs"].float())
         goal = nstep_double_q_target(rows["returns"][:, None], rows["discounts"][:, None], after, after)
-        delta = goal - self.network(rows["obs"]).gather(1, rows["actions"][:, None])[:, 0]
-        return out, delta.abs().numpy() + self.floor, episodes
-
-
-def _work(pipe, flat: Tensor, control: Tensor, network: nn.Module, epsilons, names, seed: int, settings: dict[str, Any]) -> None:
-    """What runs in an actor's process: play, deliver, look at the shared parameters, until told to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the learner decides when to stop
-    torch.set_num_threads(1)
-    mine = torch.empty_like(flat)
-
-    def load(net: nn.Module) -> None:
-        while True:  # the learner never waits for a reader: read again if it wrote meanwhile
-            version = int(control[0])
-            mine.copy_(flat)
-            if version % 2 == 0 and version == int(control[0]):
-                break
-            time.sleep(0.001)
-        nn.utils.vector_to_parameters(mine, net.parameters())
-
-    try:
-        actors = _Actors(network, epsilons, names, seed, **settings)
-        while not control[1]:
-            actors.look(load)
-            pipe.send(("chunk", actors.play()))
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # the learner is done
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            pipe.send(("error", f"{type(error).__name__}: {error}"))
-
-
-def _context() -> Any:
-    # Neither copies the learner's open pipes into the actors, so the death of an actor is always seen; the fork server starts faster.
-    method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
-    context = mp.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])
-    return context
+        delta = goal - self.network(rows["obs"].float()).gather(1, rows["actions"][:, None])[:, 0]
+        return delta.abs().numpy() + self.floor

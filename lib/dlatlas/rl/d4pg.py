@@ -14,7 +14,8 @@ importance weights; without it $w_i = 1$.
 
 Deviations from the paper:
 
-1. Acting and learning alternate in one process. The parallel copies of the environment stand for the paper's actors, which are processes of their own.
+1. Acting and learning alternate in one process unless `workers` is given; then the copies of the environment are actors, spread over so many processes, which deliver chunks of
+   transitions and read the policy's parameters from shared memory. The learner takes a fixed number of updates for every step of all actors; the paper's runs freely.
 2. Adam with 0.001 for both networks and batches of 256 by default; the paper has 0.0001 and layers of 400 and 300 units.
 3. Priorities have exponents (`alpha`, `beta`) as in prioritised replay; the paper divides by the full probability.
 
@@ -40,14 +41,18 @@ Example:
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dlatlas.rl.kit.actor_critic import DDPG
+from dlatlas.rl.kit.actors import fit_from_actors, frozen_copy
 from dlatlas.rl.kit.returns import categorical_projection
+from dlatlas.rl.kit.rollout import Source
 
 __all__ = ["D4PG", "d4pg_actor_loss", "d4pg_critic_loss"]
 
@@ -112,10 +117,13 @@ class D4PG(DDPG):
         prioritised: draw transitions by their cross-entropy.
         noise: standard deviation of the exploration noise, in units of half the box.
         target_period: updates between two copies into the targets; None for Polyak averaging with `tau`.
+        workers: processes over which the actors (the `n_envs` of :meth:`fit`) are spread; 0 plays the very same transitions in this process, as long
+            as the parameters are the same; None, the default, alternates steps of all copies with updates.
+        chunk, refresh: with workers, steps of an actor between two deliveries and between two looks at the learner's parameters.
         kwargs: those of `DDPG`.
 
     Raises:
-        ValueError: a support that is not an increasing uniform grid.
+        ValueError: a support that is not an increasing uniform grid; a negative number of workers, or more workers than actors.
 
     `update` warns once if more than 5 per cent of a batch's target mass lies outside the atoms.
     """
@@ -132,8 +140,13 @@ class D4PG(DDPG):
         *,
         noise: float = 0.3,
         target_period: int | None = 100,
+        workers: int | None = None,
+        chunk: int = 50,
+        refresh: int = 400,
         **kwargs,
     ):
+        if (workers or 0) < 0 or chunk < 1 or refresh < 1:
+            raise ValueError(f"workers must not be negative, chunk and refresh be positive, got {workers}, {chunk} and {refresh}")
         support = torch.as_tensor(support, dtype=torch.float32)
         categorical_projection(torch.zeros(1), torch.ones(1), support)  # raises what is wrong with the grid
         self._atoms = len(support)
@@ -142,6 +155,17 @@ class D4PG(DDPG):
         )
         self.support = support.to(self.device)
         self._warned = False
+        self.workers, self.chunk, self.refresh = workers, chunk, refresh
+
+    def fit(self, env: Source, steps: int, seed: int = 0, *, n_envs: int = 1, callback: Callable | None = None) -> dict[str, list]:
+        """As in `ReplayAgent`. With `workers` the `n_envs` copies are actors, the callback comes after every delivery, and the history also has the
+        "actor" of every episode and the number of processes "alive" at every delivery."""
+        if self.workers is None:
+            return super().fit(env, steps, seed, n_envs=n_envs, callback=callback)
+        blind = math.ceil(max(0, self.warmup - self.transitions) / n_envs)
+        policy = _NoisyActor(frozen_copy(self.actor), self.low, self.high, self.noise, blind)
+        spread = dict(count=n_envs, workers=self.workers, chunk=self.chunk, refresh=self.refresh)
+        return fit_from_actors(self, policy, self.actor, env, steps, seed, callback=callback, **spread)
 
     def critic_net(self, out: int | None = None) -> nn.Sequential:
         """A ReLU perceptron from observation and unit action to the logits of the atoms."""
@@ -184,6 +208,27 @@ class D4PG(DDPG):
     @staticmethod
     def _logits(critic: nn.Module, obs: Tensor, unit: Tensor) -> Tensor:
         return critic(torch.cat((obs, unit), 1))  # (B, K)
+
+
+class _NoisyActor:
+    """The policy of an actor: the learner's, with Gaussian noise; uniform in the box in the first `blind` steps."""
+
+    def __init__(self, network: nn.Module, low: np.ndarray, high: np.ndarray, noise: float, blind: int):
+        self.network, self.low, self.high, self.noise, self.blind = network, low, high, noise, blind
+
+    def draw(self, rng: np.random.Generator, steps: int) -> np.ndarray:
+        return np.concatenate([rng.standard_normal((steps, len(self.low))), rng.uniform(self.low, self.high, (steps, len(self.low)))], 1)
+
+    def act(self, obs: np.ndarray, draws: np.ndarray, names: Sequence[int], step: int) -> np.ndarray:
+        normal, uniform = np.split(draws, 2, 1)
+        if step < self.blind:
+            return uniform.astype(np.float32)
+        unit = torch.tanh(self.network(torch.as_tensor(obs, dtype=torch.float32))).numpy()
+        unit = np.clip(unit + self.noise * normal, -1, 1)
+        return ((self.high + self.low) / 2 + (self.high - self.low) / 2 * unit).astype(np.float32)
+
+    def priorities(self, rows: dict[str, Tensor]) -> None:
+        return None  # the largest so far, as everywhere
 
 
 def _losses(logits: Tensor, target_probs: Tensor, returns: Tensor, discounts: Tensor, support: Tensor) -> tuple[Tensor, float]:
