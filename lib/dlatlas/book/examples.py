@@ -36,7 +36,8 @@ def run(code: str) -> str:
     torch.set_num_threads(1)
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        # Progress bars go to stderr; warnings do not, they are errors.
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("error")
             exec(compile(code, "<example>", "exec"), {"__name__": "__main__"})
     except Exception as error:

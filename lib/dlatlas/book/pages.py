@@ -127,6 +127,18 @@ class Book:
         """The claims of one paper."""
         return [row for row in self.claims if row["key"] == key]
 
+    @cached_property
+    def spent(self) -> dict[tuple[str, str], float]:
+        """Seconds by (chapter, key): from the last claim of the paper before to the last claim of this one."""
+        found: dict[tuple[str, str], float] = {}
+        for chapter in self.chapters.values():
+            before, last = 0.0, {}
+            for row in chapter.claims:
+                last[row["key"]] = max(last.get(row["key"], 0.0), row["seconds"])
+            for key, end in sorted(last.items(), key=lambda item: item[1]):
+                found[chapter.chapter.id, key], before = end - before, end
+        return found
+
     def seeds_of(self, row: Mapping[str, Any]) -> tuple[int, int] | None:
         """(held, runs) of a claim over several seeds, where that was recorded."""
         holds = self.seeds.get(row["chapter"], {}).get("claims", {}).get(row["id"], {}).get("holds")
@@ -345,7 +357,7 @@ def _measured(book: Book, row: catalog.Paper, claims: list[dict[str, Any]], here
     cards = []
     for record in claims:
         notes = [
-            f"measured with the {esc(str(record['profile']))} profile, seed {record['seed']}, on {esc(str(record['device']))}; "
+            f"measured with the {esc(str(record['profile']))} profile, seed {record['seed']}, in {_scale(book, record)}; "
             + a(link(here, f"chapters/{row.chapter}", f"claim-{record['id']}"), "see the cell that measured it")
         ]
         if over := book.seeds_of(record):
@@ -357,6 +369,13 @@ def _measured(book: Book, row: catalog.Paper, claims: list[dict[str, Any]], here
         card = Claim(record)._repr_html_().removesuffix("</div>")
         cards.append(card + "".join(f"<p class='dlatlas-note'>{_sentence(note)}</p>" for note in notes) + "</div>")
     return "\n".join(cards)
+
+
+def _scale(book: Book, record: Mapping[str, Any]) -> str:
+    """What was spent on all claims of the paper together: the scale beside that of the paper's own figures."""
+    device = esc(str(record["device"]))
+    spent = max(1.0, book.spent[record["chapter"], record["key"]])
+    return f"{seconds(spent)} on {'one core' if device == 'cpu' else device} for all claims of the paper"
 
 
 def _related(book: Book, row: catalog.Paper, here: str) -> str:
@@ -552,7 +571,7 @@ def part_cards(book: Book) -> str:
 # --- ledger -----------------------------------------------------------------------------------------------------------
 
 LEDGER_COLUMNS = ("part", "chapter", "key", "paper", "id", "claim", "criterion", "measured", "null", "holds", "expected", "why", "reported")
-LEDGER_COLUMNS += ("profile", "seed", "device", "seeds_held", "seeds_run", "page")
+LEDGER_COLUMNS += ("paper_seconds", "profile", "seed", "device", "seeds_held", "seeds_run", "page")
 
 
 def ledger_rows(book: Book) -> list[dict[str, Any]]:
@@ -573,6 +592,7 @@ def ledger_rows(book: Book) -> list[dict[str, Any]]:
                 "measured": row["values"],
                 "null": row["null"],
                 **{k: row.get(k) for k in ("holds", "expected", "why", "reported", "profile", "seed", "device")},
+                "paper_seconds": round(book.spent[row["chapter"], row["key"]], 1),
                 "seeds_held": over[0] if over else None,
                 "seeds_run": over[1] if over else None,
                 "page": f"chapters/{row['chapter']}.html#claim-{row['id']}",
@@ -654,10 +674,11 @@ def _ledger_row(book: Book, row: dict[str, Any]) -> str:
     title = f'<div class="dlatlas-small">{esc(paper.title)}</div>' if paper else ""
     cell = link("ledger", f"chapters/{chapter.id}", f"claim-{row['id']}")
     reported = f'<div class="dlatlas-small">The paper reports: {esc(row["reported"])}</div>' if row.get("reported") else ""
+    scale = f'<div class="dlatlas-small">Here: {_scale(book, row)}</div>'
     return (
         data_row(part=part.slug, verdict="holds" if row["holds"] else "fails")
         + f'<td class="dlatlas-claim-text">{a(cell, esc(row["text"]))}'
-        f'<div class="dlatlas-small"><code>{esc(row["criterion"])}</code></div>{reported}</td>'
+        f'<div class="dlatlas-small"><code>{esc(row["criterion"])}</code></div>{reported}{scale}</td>'
         f'<td>{verdict(row)}{expected}{seeds}{more}</td><td class="dlatlas-numbers">{numbers}</td><td class="dlatlas-numbers">{null}</td>'
         f"<td>{name}{title}</td><td>{a(link('ledger', f'chapters/{chapter.id}'), esc(chapter.title))}<div class='dlatlas-small'>{esc(part.title)}</div></td>"
         f"<td>{esc(str(row['profile']))}<div class='dlatlas-small'>seed {row['seed']}, {esc(str(row['device']))}</div></td></tr>"
