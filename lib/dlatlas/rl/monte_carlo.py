@@ -211,6 +211,7 @@ class QMC(_SegmentQ):
     """Monte Carlo control with a finite horizon: Q is regressed on the undiscounted sum of the next `horizon` rewards.
 
     Windows go across the borders of segments; a transition is learned from when its window is complete.
+    Where every step pays the same, all windows have the same sum but those that contain an end: then there is little to learn from.
 
     Args:
         obs_dim, n_actions: as in the base.

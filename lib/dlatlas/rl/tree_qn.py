@@ -20,7 +20,8 @@ Deviations from the paper:
 4. The equations are the paper's; the code that its authors published has a bias in $W^{env}$ and applies $W_a$ to $z$ instead of $z^{env}$.
 
 Measured on box pushing, 6 x 6 with 3 boxes, one run of 60,000 steps for each of the seeds 0, 1, 2: a return of -0.51, -0.42 and -0.42 with a tree of depth 2, -1.08, -1.15 and -1.13 with a flat
-network, -1.16, -1.18 and -1.17 at random. Hoped for were runs of 120,000 steps, three for each agent.
+network, -1.16, -1.18 and -1.17 at random. Hoped for were runs of 120,000 steps, three for each agent. The tree has learned to stay on the board and not to push: 0.03 to 0.05 boxes on goals an episode, 0.055 at
+random. It is the loss of the rewards that teaches it: without it (two runs) -1.09 and -1.11 with depth 2; with it -0.40 and -0.39 with depth 1.
 
 Later work: MuZero (Schrittwieser et al., 2020) plans in a latent space that is trained on rewards, values and policies, with a real search instead of a full tree. Hamrick et al. (2021) find that for such agents most of the gain comes from better
 targets while learning and little from looking far ahead. Guez et al. (2019) show that recurrent networks without any built-in model can come to behave as if they planned.
