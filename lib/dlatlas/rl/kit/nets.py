@@ -13,7 +13,18 @@ from torch.nn.functional import softplus
 
 from dlatlas.kit import nets
 
-__all__ = ["ActorCritic", "CategoricalPolicy", "ConvTrunk", "GaussianPolicy", "SquashedGaussian", "draw", "mlp", "mode", "orthogonal_"]
+__all__ = [
+    "ActorCritic",
+    "CategoricalPolicy",
+    "ConvTrunk",
+    "GaussianPolicy",
+    "NatureNet",
+    "SquashedGaussian",
+    "draw",
+    "mlp",
+    "mode",
+    "orthogonal_",
+]
 
 Activation = str | type[nn.Module] | Callable[[Tensor], Tensor]
 LOG_STD = (-20.0, 2.0)
@@ -226,6 +237,27 @@ class ConvTrunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
+
+
+class NatureNet(nn.Module):
+    """The convolutional network of the deep Q-network (Mnih et al., 2015): stacked frames of bytes ``(B, frames, 84, 84)`` to values ``(B, n_actions)``.
+
+    With `dueling` the value of the state and the advantages of the actions have heads of their own (Wang et al., 2016), $Q = V + A - \\bar A$.
+    """
+
+    def __init__(self, n_actions: int, frames: int = 4, dueling: bool = True):
+        super().__init__()
+        if min(n_actions, frames) < 1:
+            raise ValueError(f"n_actions and frames must be positive, got {n_actions} and {frames}")
+        convolutions = [(frames, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)]
+        self.trunk = nn.Sequential(*(layer for c in convolutions for layer in (nn.Conv2d(*c), nn.ReLU())), nn.Flatten())
+        self.advantage = nn.Sequential(nn.Linear(64 * 7 * 7, 512), nn.ReLU(), nn.Linear(512, n_actions))
+        self.value = nn.Sequential(nn.Linear(64 * 7 * 7, 512), nn.ReLU(), nn.Linear(512, 1)) if dueling else None
+
+    def forward(self, frames: Tensor) -> Tensor:
+        z = self.trunk(frames / 255)  # [B, 3136]
+        a = self.advantage(z)
+        return a if self.value is None else self.value(z) + a - a.mean(1, keepdim=True)
 
 
 def _noise(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
