@@ -51,7 +51,15 @@ def samples(html: Path, turn: int | None = None) -> list[str]:
     chapters = [name for name in names if name.startswith("chapters/")]
     papers = [name for name in names if name.startswith("papers/")]
     top = [name for name in names if "/" not in name and name not in {"search.html", "genindex.html"}]
-    found = [*top, *chapters, *papers[:: max(1, len(papers) // 4)], "parts/gans.html", "parts/theory.html", "kits/rl.html"]
+    kits = [name for name in names if name.startswith("kits/")]  # the small book has none
+    found = [
+        *top,
+        *chapters,
+        *papers[:: max(1, len(papers) // 4)],
+        "parts/gans.html",
+        "parts/theory.html",
+        *sorted(kits, key=lambda name: (html / name).stat().st_size)[-1:],
+    ]
     return found if turn is None else found[turn::2]
 
 
