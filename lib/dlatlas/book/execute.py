@@ -109,6 +109,8 @@ def execute(chapter: str, text: str, parameters: dict[str, Any], timeout: int = 
             start_timeout=120,
             cwd=str(folder),
             config=Config({"KernelManager": {"transport": "ipc", "ip": str(folder / "k")}}),
+            # A kernel that is told to stop while it still tidies up its last cell would complain of the interrupt.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except PapermillExecutionError as failure:
         error = f"{failure.ename}: {failure.evalue}".strip().splitlines()[0]
